@@ -1,0 +1,145 @@
+"""The Flow Product Identity (4.7) and Theorem 4.2, to machine precision.
+
+z takes K fixed codes with equal weight, so for any generator g the induced path p_t is exactly the Gaussian mixture with means (1 - t) g(z_k)
+and covariance t^2 I, and its velocity v is known in closed form, with gradients. The path noise is integrated by tensor Gauss-Hermite nodes."""
+
+import numpy as np
+import pytest
+import torch
+
+import fgm
+
+K, D = 5, 2
+
+
+def make_generator(seed, width=16):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(D, width), torch.nn.Tanh(), torch.nn.Linear(width, D)).double()
+
+
+def make_target(seed):
+    random = torch.Generator().manual_seed(seed)
+    roots = 0.5 * torch.randn(3, D, D, generator=random, dtype=torch.float64)
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    return fgm.GaussianMixture(weights, 1.5 * torch.randn(3, D, generator=random, dtype=torch.float64), roots @ roots.mT + 0.05 * torch.eye(D))
+
+
+def nodes(n=100):
+    """Gauss-Hermite nodes and weights for a standard normal in 2-D: [n*n, 2], [n*n]."""
+    x, w = np.polynomial.hermite_e.hermegauss(n)
+    x, w = torch.from_numpy(x), torch.from_numpy(w / w.sum())
+    return torch.cartesian_prod(x, x), torch.cartesian_prod(w, w).prod(1)
+
+
+def every_pair(codes, noise):
+    """All pairs of K samples and N noises: [K*N, D] each."""
+    return codes.repeat_interleave(len(noise), 0), noise.repeat(len(codes), 1)
+
+
+def induced(x0):
+    """The exact velocity of the path that the samples x0 [K, D] induce."""
+    return fgm.GaussianMixture(torch.ones(len(x0)), x0, torch.zeros(len(x0), D, D)).velocity
+
+
+def relative_error(generator, target, t, losses):
+    """|| true gradient of (4.1) - gradient of losses || / || true ||."""
+    torch.manual_seed(7)
+    codes = torch.randn(K, D, dtype=torch.float64)
+    noise, weights = nodes()
+    codes_, noise_ = every_pair(codes, noise)
+    weights, times = weights.repeat(K) / K, torch.full((len(noise_),), t, dtype=torch.float64)
+    parameters = list(generator.parameters())
+
+    xt = fgm.interpolate(generator(codes_), noise_, times)
+    gap = target.velocity(xt, times) - induced(generator(codes))(xt, times)
+    true = torch.autograd.grad((weights * fgm.dot(gap, gap)).sum(), parameters)
+
+    online = induced(generator(codes).detach())
+    ours = torch.autograd.grad((weights * losses(target.velocity, online, generator(codes_), noise_, times)).sum(), parameters)
+    flat = [torch.cat([g.flatten() for g in grads]) for grads in (true, ours)]
+    return ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
+
+
+@pytest.mark.parametrize("t", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_theorem_4_2(seed, t):
+    error = relative_error(make_generator(seed), make_target(seed + 10), t, lambda *a: sum(fgm.fgm_losses(*a)))
+    assert error < 1e-10
+
+
+def wrong_sign(teacher, flow, x0, noise, t):
+    l1, l2 = fgm.fgm_losses(teacher, flow, x0, noise, t)
+    return l1 - l2
+
+
+def wrong_factor(teacher, flow, x0, noise, t):
+    l1, l2 = fgm.fgm_losses(teacher, flow, x0, noise, t)
+    return l1 + l2 / 2
+
+
+def detached_target(teacher, flow, x0, noise, t):
+    xt = fgm.interpolate(x0, noise, t)
+    gap = teacher(xt, t) - flow(xt, t)
+    return fgm.dot(gap, gap) + 2 * fgm.dot(gap, flow(xt, t) - (noise - x0.detach()))
+
+
+def detached_input(teacher, flow, x0, noise, t):
+    xt = fgm.interpolate(x0.detach(), noise, t)
+    gap = teacher(xt, t) - flow(xt, t)
+    return fgm.dot(gap, gap) + 2 * fgm.dot(gap, flow(xt, t) - (noise - x0))
+
+
+@pytest.mark.parametrize("mutant", [wrong_sign, wrong_factor, detached_target, detached_input])
+def test_a_wrong_loss_is_noticed(mutant):
+    assert relative_error(make_generator(0), make_target(10), 0.5, mutant) > 1e-2
+
+
+@pytest.mark.parametrize("t", [0.3, 0.6, 0.9])
+def test_flow_product_identity(t):
+    """E f(x_t) . v(x_t) = E f(x_t) . (noise - x0) (4.7), for f = a mixture's velocity, nonlinear in x_t."""
+    torch.manual_seed(3)
+    x0, f = make_generator(0)(torch.randn(K, D, dtype=torch.float64)).detach(), make_target(10).velocity
+    noise, weights = nodes()
+    x0_, noise_ = every_pair(x0, noise)
+    weights, times = weights.repeat(K) / K, torch.full((len(noise_),), t, dtype=torch.float64)
+    xt = fgm.interpolate(x0_, noise_, times)
+    left = (weights * fgm.dot(f(xt, times), induced(x0)(xt, times))).sum()
+    right = (weights * fgm.dot(f(xt, times), noise_ - x0_)).sum()
+    assert abs(left - right) < 1e-11 * abs(left)
+
+
+def test_identity_needs_fresh_noise():
+    """With z itself as path noise, x0 and noise are dependent and (4.7) fails: the correlated sum is far from the true one."""
+    torch.manual_seed(3)
+    z = torch.randn(200_000, D, dtype=torch.float64)
+    x0, f, t = 0.8 * z, make_target(4).velocity, torch.full((len(z),), 0.5, dtype=torch.float64)
+    v = fgm.GaussianMixture(torch.ones(1), torch.zeros(1, D), 0.64 * torch.eye(D)[None]).velocity  # x0 ~ N(0, 0.64 I): exact
+
+    def gap(noise):
+        xt = fgm.interpolate(x0, noise, t)
+        difference = fgm.dot(f(xt, t), v(xt, t) - (noise - x0))
+        return abs(difference.mean()) / (difference.std() / len(z) ** 0.5)
+
+    assert gap(torch.randn_like(z)) < 5
+    assert gap(z) > 20
+
+
+def test_sid_identity():
+    """2 <u - v, (u - c) - alpha (u - v)> = L2 + (2 - 2 alpha) L1 (SiD, arXiv 2404.04057)."""
+    torch.manual_seed(0)
+    x0, noise, t = torch.randn(64, D, dtype=torch.float64), torch.randn(64, D, dtype=torch.float64), 0.05 + 0.9 * torch.rand(64, dtype=torch.float64)
+    teacher, flow = make_target(1).velocity, make_target(2).velocity
+    l1, l2 = fgm.fgm_losses(teacher, flow, x0, noise, t)
+    xt = fgm.interpolate(x0, noise, t)
+    u, v, c = teacher(xt, t), flow(xt, t), noise - x0
+    for alpha in (0.5, 1.0, 1.2):
+        torch.testing.assert_close(2 * fgm.dot(u - v, (u - c) - alpha * (u - v)), l2 + (2 - 2 * alpha) * l1, rtol=1e-12, atol=1e-12)
+
+
+def test_no_gradient_reaches_teacher_or_flow():
+    teacher, flow = fgm.VelocityMLP(), fgm.VelocityMLP()
+    x0 = torch.randn(8, 2, requires_grad=True)
+    l1, l2 = fgm.fgm_losses(teacher, flow, x0, torch.randn(8, 2), torch.rand(8))
+    (l1 + l2).sum().backward()
+    assert x0.grad.norm() > 0
+    assert all(p.grad is None and p.requires_grad for net in (teacher, flow) for p in net.parameters())
