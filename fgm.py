@@ -45,7 +45,6 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # a checkpoint of one process is what we intend
 
 
