@@ -358,13 +358,13 @@ def write_json(path, content):
     os.replace(temporary, path)
 
 
-def save_weights(net, path):
-    """Write a network's parameters and buffers as safetensors, whole or not at all; every process must call."""
+def save_weights(net, path, metadata=None):
+    """Write a network's parameters and buffers as safetensors, whole or not at all; every process must call. metadata: strings for its header."""
     from safetensors.torch import save_file
 
     state = {name: full(value.detach()).cpu().contiguous() for name, value in net.state_dict().items()}
     if rank() == 0:
-        save_file(state, f"{path}.tmp")
+        save_file(state, f"{path}.tmp", metadata)
         os.replace(f"{path}.tmp", path)
 
 
@@ -393,7 +393,7 @@ def save_checkpoint(folder, phase, step, learners, settings, seconds):
         temporary.mkdir(parents=True)
     if world() > 1:
         dist.barrier()
-    state = {f"{name}.{key}": value for name, learner in learners.items() for key, value in learner.tensors().items()}
+    state = {f"{name}.{key}": value.contiguous() for name, learner in learners.items() for key, value in learner.tensors().items()}
     try:
         dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True), no_dist=world() == 1)
         files = checksums(temporary)
@@ -406,7 +406,8 @@ def save_checkpoint(folder, phase, step, learners, settings, seconds):
                 shutil.rmtree(old)
     except (OSError, dcp.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"cannot write the checkpoint {target} ({str(error).splitlines()[0]}); earlier ones are untouched: free some space and run again") from error
+        reason = next((str(failure) for failure, _ in error.failures.values()), "") if isinstance(error, dcp.CheckpointException) else str(error)
+        raise InputError(f"cannot write the checkpoint {target} ({reason.splitlines()[0]}); earlier ones are untouched: free some space and run again") from error
 
 
 def load_checkpoint(folder, phase, learners, settings, resume):
@@ -438,11 +439,15 @@ def load_checkpoint(folder, phase, learners, settings, resume):
         raise InputError(f"{folder.parent} holds a {phase} run with other settings ({', '.join(changed)}): resume it all the same, overwrite it, or name another folder")
     if changed and rank() == 0:
         print(f"resuming {phase} with changed settings: {', '.join(changed)}")
-    state = {f"{name}.{key}": value for name, learner in learners.items() for key, value in learner.tensors().items()}
+    targets = {f"{name}.{key}": value for name, learner in learners.items() for key, value in learner.tensors().items()}
+    state = {name: value.contiguous() for name, value in targets.items()}  # a copy where the memory format is channels-last
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(newest)), no_dist=world() == 1)
     except Exception as error:  # the reader raises what it likes; whatever it was, this file cannot be used
         raise InputError(f"{refusal} ({type(error).__name__})") from error
+    for name, value in state.items():
+        if value is not targets[name]:
+            targets[name].copy_(value)
     for name, learner in learners.items():
         learner.updates = updates[name]
         for moments in learner.adam.state.values():
