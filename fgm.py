@@ -242,14 +242,18 @@ def setup(device=None):
     return device
 
 
-def shard(net, blocks=()):
-    """Shard a network over all processes (FSDP2), block by block; with one process, leave it as it is. Copy networks before, not after."""
-    if world() > 1:
-        from torch.distributed.fsdp import fully_shard
+def shard(net, blocks=(), bf16=False):
+    """Shard a network over all processes (FSDP2), block by block; with one process, leave it as it is. Copy networks before, not after.
 
+    bf16: gather weights in bfloat16; gradients are reduced in float32 and inputs left alone, so that t stays float32."""
+    if world() > 1:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mixed = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
+        policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
         for block in blocks:
-            fully_shard(block)
-        fully_shard(net)
+            fully_shard(block, mp_policy=policy)
+        fully_shard(net, mp_policy=policy)
     return net
 
 
@@ -287,6 +291,13 @@ class Draws:
     def seeds(self):
         """One random integer a sample, int64 on the CPU, from which data, labels, prompts, ... are chosen: seed % number."""
         return torch.from_numpy(self.random.integers(2**63, size=self.batch))[self.rows]
+
+
+def noise_from(seeds, shape, device):
+    """Standard normal noise [B, *shape] for int64 seeds [B]; a row depends on its seed alone, whatever the batch, the processes or the device."""
+    generator = torch.Generator()
+    rows = [torch.randn(shape, generator=generator.manual_seed(int(seed))) for seed in seeds]
+    return torch.stack(rows).to(device)  # B x [*shape] -> [B, *shape]
 
 
 def micro_batches(batch, micro_batch):
@@ -785,6 +796,16 @@ def energy_distance(x, y, directions=32):
     n, m, xx, yy = len(x), len(y), pairs(px), pairs(py)
     xy = (pairs(torch.cat([px, py], 1)) - xx - yy) / 2
     return (math.pi / 2 * (2 * xy / (n * m) - xx / (n * (n - 1)) - yy / (m * (m - 1))).mean()).item()
+
+
+def frechet_distance(a, b):
+    """Frechet distance |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) between Gaussians fitted to features a [N, D] and b [M, D]."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, axes = torch.linalg.eigh(cov_a)
+    root = axes * values.clamp(min=0).sqrt() @ axes.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
 class Parser(argparse.ArgumentParser):

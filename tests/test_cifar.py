@@ -41,7 +41,8 @@ def drive(*arguments, processes=None, **more):
 def small_net(seed=0, **arguments):
     """A small EDMUNet whose last layers are not zero, so that every parameter matters."""
     torch.manual_seed(seed)
-    net = cifar.EDMUNet(**{**dict(img_resolution=8, in_channels=1, out_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)), **arguments})
+    defaults = dict(img_resolution=8, in_channels=1, out_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+    net = cifar.EDMUNet(**(defaults | arguments))
     for p in net.parameters():
         nn.init.normal_(p, std=0.2)
     return net.eval()
