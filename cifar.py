@@ -161,6 +161,7 @@ class EDMUNet(nn.Module):
         if self.map_augment is not None and augment_labels is not None:
             embedding = embedding + self.map_augment(augment_labels)
         embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))  # [B, channel_mult_emb * model_channels]
+        x = x.contiguous(memory_format=torch.channels_last)  # what convolutions are fastest in; it passes from layer to layer
         skips = []
         for block in self.enc.values():
             x = block(x, embedding) if isinstance(block, Block) else block(x)
@@ -495,9 +496,11 @@ def fid(real, fake, weights, device):
     from torch_fidelity import calculate_metrics
 
     try:
+        if weights:
+            torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would execute what is inside
         scores = calculate_metrics(input1=Pixels(fake), input2=Pixels(real), fid=True, cuda=device.type == "cuda", verbose=False,
                                    feature_extractor_weights_path=weights)  # fmt: skip
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a foreign file can fail in any way at all
         what = f"the Inception weights {weights} cannot be used" if weights else "the Inception weights cannot be downloaded; give --inception-weights FILE"
         raise InputError(f"no FID: {what} ({str(error).splitlines()[0]})") from error
     return scores["frechet_inception_distance"]
@@ -610,7 +613,7 @@ def draw_from_files(args, device):
     label_dim, shape = about["network"]["label_dim"], (about["network"]["in_channels"], *[about["network"]["img_resolution"]] * 2)
     if args.classes and not all(0 <= c < label_dim for c in args.classes):
         raise InputError(f"--classes must lie in 0..{label_dim - 1}" if label_dim else f"--classes: {path} is unconditional")
-    net = net.to(device, memory_format=torch.channels_last)
+    net = net.to(device)
     generator = fgm.OneStepGenerator(net, **about["generator"]) if not args.steps else None
     sampler = generator or (lambda noise, **cond: fgm.sample_ode(net, noise, args.steps, **cond))
     began = time.perf_counter()
@@ -647,8 +650,10 @@ def main():
     fgm.micro_batches(args.batch, args.micro_batch)
     out = fgm.open_folder(args.out or default_out(args))
     judge = Judge(images) if fgm.rank() == 0 else None
+    if args.fid and fgm.rank() == 0:
+        fid(images.pixels[:32], images.pixels[32:64], args.inception_weights, device)  # fails now, not after the training, if it cannot be measured
 
-    net = net.to(device, memory_format=torch.channels_last)
+    net = net.to(device)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for one in (teacher, flow, net):
         fgm.shard(one, [block for block in one.modules() if isinstance(block, Block)])

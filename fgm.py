@@ -294,10 +294,9 @@ class Draws:
 
 
 def noise_from(seeds, shape, device):
-    """Standard normal noise [B, *shape] for int64 seeds [B]; a row depends on its seed alone, whatever the batch, the processes or the device."""
-    generator = torch.Generator()
-    rows = [torch.randn(shape, generator=generator.manual_seed(int(seed))) for seed in seeds]
-    return torch.stack(rows).to(device)  # B x [*shape] -> [B, *shape]
+    """Standard normal noise [B, *shape] for int64 seeds [B] >= 0; a row depends on its seed alone, whatever the batch, the processes or the device."""
+    rows = [np.random.default_rng(int(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows)).to(device)  # B x [*shape] -> [B, *shape]
 
 
 def micro_batches(batch, micro_batch):
