@@ -105,7 +105,8 @@ def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
 
     x0 = g(z) [B, ...] carries the generator's graph; noise [B, ...] and t [B] must be drawn afresh, independent of z (Theorem 4.1
     conditions on x0 alone). Gradients reach x0 through noise - x0 and through x_t, the input of both networks; none reaches the parameters
-    of teacher or flow if they are nn.Modules. weight(t, u, c) -> [B] optionally scales both losses, as a constant. Returns (l1 [B], l2 [B])."""
+    of teacher or flow if they are nn.Modules; with activation checkpointing, call backward inside frozen(teacher, flow) as well.
+    weight(t, u, c) -> [B] optionally scales both losses, as a constant. Returns (l1 [B], l2 [B])."""
     with frozen(teacher, flow):
         xt = interpolate(x0, noise, t)
         u = velocity(teacher, xt, t, **cond)

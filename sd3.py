@@ -484,8 +484,7 @@ def export(folder, generator, rank, dtype, out):
         patch = weights["pos_embed.proj.weight"].float()  # [D, 16, 2, 2]
         inputs = patch[0].numel()  # 64: c_in as an exact convolutional LoRA, the identity on a patch times (c_in - 1) of the weight
         lora["transformer.pos_embed.proj.lora_A.weight"] = torch.eye(inputs).view(inputs, *patch.shape[1:])  # [64, 64] -> [64, 16, 2, 2]
-        change = (generator.c_in - 1) * patch * inputs / rank  # diffusers scales every pair by (its common rank) / (the pair's own)
-        lora["transformer.pos_embed.proj.lora_B.weight"] = change.reshape(len(patch), inputs, 1, 1)  # [D, 16, 2, 2] -> [D, 64, 1, 1]
+        lora["transformer.pos_embed.proj.lora_B.weight"] = ((generator.c_in - 1) * patch).reshape(len(patch), inputs, 1, 1)  # [D, 16, 2, 2] -> [D, 64, 1, 1]
         save_file(lora, f"{out}/lora.tmp", {"t_star": str(generator.t_star)})
         os.replace(f"{out}/lora.tmp", f"{out}/lora.safetensors")
     weights["pos_embed.proj.weight"] = generator.c_in * weights["pos_embed.proj.weight"].float()

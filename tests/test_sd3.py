@@ -1,0 +1,389 @@
+"""The SD3 driver on a miniature pipeline: gradients in both memory recipes, export to stock diffusers, caches, the whole command."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fgm
+import sd3
+import tiny_sd3
+
+ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SMALL = ["--kimg", "0.048", "--batch", "8", "--samples", "6", "--save-every", "3", "--picture-every", "6", "--device", "cpu"]
+CPU = torch.device("cpu")
+
+
+def drive(script, *arguments, processes=None, **more):
+    launcher = [sys.executable] if processes is None else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, env=ENV, timeout=240, **more)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sd3") / "tiny"
+    done = drive("tiny_sd3.py", "--out", out, "--vae-steps", 3, "--kimg", 0.064, "--samples", 2)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def embeddings(model, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("embeddings")
+    sd3.encode_prompts(model, tiny_sd3.PROMPTS, cache, CPU, torch.float32)
+    return sd3.Embeddings(cache, len(tiny_sd3.PROMPTS), CPU)
+
+
+def shaken(*nets):
+    """Networks whose adapters, or weights, have all moved, so that nothing is zero or equal."""
+    torch.manual_seed(1)
+    for p in {id(p): p for net in nets for p in net.parameters()}.values():
+        p.data.add_(0.05 * torch.randn_like(p))
+    return nets
+
+
+def losses(teacher, flow, net, cond, null, guidance=4.0, c_in=0.8):
+    """One flow loss and one FGM loss of fixed draws; gradients are left in the networks."""
+    generator = fgm.OneStepGenerator(net, 0.97, c_in)
+    z, noise = (fgm.noise_from(torch.arange(i, i + 3), (16, 8, 8), "cpu").to(next(net.parameters()).dtype) for i in (0, 10))
+    t = torch.tensor([0.2, 0.6, 0.95])
+    with torch.no_grad():
+        x0 = generator(z, **cond)
+    fgm.reflow_loss(flow, x0, noise, t, **cond).mean().backward()
+    with fgm.frozen(teacher, flow):
+        l1, l2 = fgm.fgm_losses(fgm.guided(teacher, guidance, null), flow, generator(z, **cond), noise, t, **cond)
+        (l2 - 0.4 * l1).mean().backward()
+
+
+def gradients(net):
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# The recipes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_adapters_equal_three_networks(model, embeddings, checkpointing):
+    cond = embeddings(torch.tensor([0, 90, 200]))
+    teacher, flow, net = sd3.networks(model, 4, checkpointing, False, CPU)
+    shaken(flow, net)
+    plain = sd3.networks(model, 4, False, False, CPU)[1:]
+    apart = []
+    for adapter, name in zip(plain, ("flow", "generator"), strict=True):  # whole networks of their own, the other adapter unused
+        for mine, moved in zip(adapter.parameters(), (flow if name == "flow" else net).parameters(), strict=True):
+            mine.data.copy_(moved)
+        apart.append(copy.deepcopy(adapter))
+    base = sd3.networks(model, 0, False, False, CPU)[0]
+    assert apart[0].shared[0] is not apart[1].shared[0]
+    losses(teacher, flow, net, cond, embeddings.null)
+    losses(base, *apart, cond, embeddings.null)
+    for mine, theirs in zip((flow, net), apart, strict=True):
+        assert len(gradients(mine)) == sum(p.numel() for p in mine.parameters()) > 1000
+        assert relative(gradients(mine), gradients(theirs)) < 1e-6
+    assert relative(gradients(flow), gradients(net)) > 0.1
+    assert all(p.grad is None for p in flow.shared[0].parameters() if not p.requires_grad)
+
+
+def test_checkpointing_changes_no_gradient(model, embeddings):
+    cond = embeddings(torch.tensor([5, 100, 239]))
+    found = []
+    for checkpointing in (False, True):
+        teacher, flow, net = sd3.networks(model, 0, checkpointing, False, CPU)
+        shaken(flow, net)
+        losses(teacher, flow, net, cond, embeddings.null)
+        assert all(p.grad is None for p in teacher.parameters())
+        found.append(torch.cat([gradients(flow), gradients(net)]))
+    assert relative(found[1], found[0]) < 1e-6
+
+
+def test_bf16_gradient_is_near_that_of_fp32_and_the_timestep_stays_float32(model, embeddings):
+    cond = embeddings(torch.tensor([0, 90, 200]))
+    found = []
+    for bf16 in (False, True):
+        teacher, flow, net = sd3.networks(model, 0, False, bf16, CPU)
+        shaken(flow, net)
+        seen = []
+        hook = [n.net.register_forward_pre_hook(lambda module, args, kwargs, seen=seen: seen.append(kwargs["timestep"]), with_kwargs=True) for n in (teacher, flow, net)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses(teacher, flow, net, cond, embeddings.null)
+        assert len(hook) == 3 and all(t.dtype == torch.float32 for t in seen) and any(torch.equal(t, torch.full_like(t, 970.0)) for t in seen)
+        found.append(gradients(net))
+    assert next(teacher.parameters()).dtype == torch.bfloat16 and found[1].dtype == torch.float32
+    assert 1e-5 < relative(found[1], found[0]) < 0.03
+
+
+RANKS = """
+import sys, torch, fgm, sd3
+from pathlib import Path
+model, cache, out, rank, micro = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+device = fgm.setup("cpu")
+embeddings = sd3.Embeddings(cache, 240, device)
+torch.manual_seed(0)
+teacher, flow, net = sd3.networks(model, rank, True, False, device)
+before = {name: {k: fgm.full(p.detach()).clone() for k, p in n.named_parameters()} for name, n in (("flow", flow), ("net", net))}
+generator = fgm.OneStepGenerator(net, 0.97, 0.8)
+fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), generator, flow, (16, 8, 8), steps=1, batch=8, micro_batch=micro, l1_weight=-0.4, ema_decay=None,
+            conditions=lambda seeds: embeddings(seeds % 240), lr=1e4, flow_lr=1e4, eps=1e6, precision="fp32", log_every=100)
+moved = {f"{name}.{k}": fgm.full(p.detach()) - before[name][k] for name, n in (("flow", flow), ("net", net)) for k, p in n.named_parameters()}
+if fgm.rank() == 0:
+    torch.save(moved, out)
+fgm.dist.is_initialized() and fgm.dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_two_processes_move_the_weights_as_one(model, embeddings, tmp_path, rank):
+    """With Adam's epsilon far above the gradients, one step moves each weight by its gradient times a constant. Checkpointing and accumulation are on."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    cache = Path(tmp_path) / "cache"
+    sd3.encode_prompts(model, tiny_sd3.PROMPTS, cache, CPU, torch.float32)
+    moved = []
+    for processes in (None, 2):
+        done = drive(tmp_path / "ranks.py", model, cache, tmp_path / "moved.pt", rank, 4 if processes is None else 2, processes=processes, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        moved.append(torch.load(tmp_path / "moved.pt"))
+    for part in ("flow.", "net."):
+        one, two = (torch.cat([value.flatten() for name, value in found.items() if name.startswith(part)]) for found in moved)
+        assert one.norm() > 0 and relative(two, one) < 1e-6
+
+
+def test_a_step_makes_no_needless_pass(model, embeddings):
+    teacher, flow, net = sd3.networks(model, 0, False, False, CPU)
+    passes = []
+    for name, velocity in (("teacher", teacher), ("flow", flow), ("generator", net)):
+        velocity.register_forward_pre_hook(lambda module, inputs, name=name: passes.append((name, len(inputs[0]))))
+    fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8), flow, (16, 8, 8), steps=1, batch=2,
+                conditions=lambda seeds: embeddings(seeds % 240), log_every=1)  # fmt: skip
+    assert sorted(passes) == [("flow", 2), ("flow", 2), ("generator", 2), ("generator", 2), ("teacher", 4)]
+
+
+# The GAN
+
+
+def test_gan_losses_against_plain_mathematics(model, embeddings):
+    """The head sees block 2's hidden states at the t of the flow's own pass; the gradient reaches x0 through noise and network alike."""
+    _, flow, _ = sd3.networks(model, 0, True, False, CPU, keep_features=True)
+    shaken(flow)
+    torch.manual_seed(2)
+    real = torch.randn(5, 16, 8, 8)
+    gan = sd3.GAN(32, (4, 4), real, embeddings, (-1.0, 2.0), 0.5, 0.25)
+    seeds, cond = torch.tensor([7, 11]), embeddings(torch.tensor([3, 4]))
+    x0, noise, t = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 16, 8, 8), torch.tensor([0.1, 0.4])
+
+    def hidden(xt, t, cond):  # blocks 0 to 2, called one by one
+        net = flow.net
+        h, c, e = net.pos_embed(xt), net.context_embedder(cond["encoder_hidden_states"]), net.time_text_embed(1000 * t, cond["pooled_projections"])
+        for block in net.transformer_blocks[:3]:
+            c, h = block(hidden_states=h, encoder_hidden_states=c, temb=e)
+        return gan.head(h.mT.reshape(len(h), 32, 4, 4)).mean((1, 2, 3))
+
+    fgm.reflow_loss(flow, x0.detach(), noise, t, **cond)
+    found = gan.flow_loss(flow, x0.detach(), seeds, cond)
+    chosen = seeds % 5
+    noised = fgm.interpolate(real[chosen], fgm.noise_from(seeds ^ 1, (16, 8, 8), "cpu"), t)
+    fake_logit, real_logit = hidden(fgm.interpolate(x0.detach(), noise, t), t, cond), hidden(noised, t, embeddings(chosen))
+    torch.testing.assert_close(found, -0.25 * (torch.log(torch.sigmoid(-fake_logit)) + torch.log(torch.sigmoid(real_logit))))
+
+    found = gan.generator_loss(flow, x0, seeds, cond)
+    t = torch.sigmoid(-1 + 2 * fgm.noise_from(seeds ^ 2, (1,), "cpu")[:, 0])
+    expected = -0.5 * torch.log(torch.sigmoid(hidden(fgm.interpolate(x0, fgm.noise_from(seeds ^ 1, (16, 8, 8), "cpu"), t), t, cond)))
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(loss.sum(), x0)[0] for loss in (found, expected))
+    assert ours.norm() > 0 and relative(ours, theirs) < 1e-5
+
+
+# Export
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_stock_pipeline_draws_what_our_generator_draws(model, embeddings, tmp_path, rank):
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    _, _, net = sd3.networks(model, rank, False, False, CPU)
+    shaken(net)
+    generator = fgm.OneStepGenerator(net, 0.97, 0.8)
+    sd3.export(model, generator, rank, torch.float32, tmp_path)
+    z = fgm.noise_from(torch.arange(3), (16, 8, 8), CPU)
+    index = torch.tensor([0, 90, 200])
+    with torch.no_grad():
+        expected = generator(z, **embeddings(index))
+    ways = [StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline")]
+    if rank:
+        ways.append(StableDiffusion3Pipeline.from_pretrained(model))
+        ways[1].load_lora_weights(tmp_path / "lora.safetensors")
+        ways[1].scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "pipeline", subfolder="scheduler")
+    for pipe in ways:
+        prompts = [tiny_sd3.PROMPTS[i] for i in index.tolist()]
+        latents = pipe(prompts, num_inference_steps=1, guidance_scale=0, latents=z, height=32, width=32, output_type="latent").images
+        assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()
+    source = StableDiffusion3Pipeline.from_pretrained(model)
+    source.scheduler = ways[0].scheduler
+    other = source(prompts, num_inference_steps=1, guidance_scale=0, latents=z, height=32, width=32, output_type="latent").images
+    assert (other - expected).abs().max() > 0.01  # the source does not
+
+
+# Prompts and their embeddings
+
+
+def test_embeddings_are_the_pipelines_own_and_resume(model, embeddings, tmp_path, capsys):
+    prompts = [tiny_sd3.PROMPTS[i] for i in range(200)] + ["x" * 100]
+    sd3.encode_prompts(model, prompts, tmp_path, CPU, torch.float32)
+    assert "1 prompts are longer than CLIP's 32 tokens" in capsys.readouterr().err
+    pipe = sd3.text_pipeline(model, CPU, torch.float32)
+    expected = pipe.encode_prompt(prompts[150], None, None, do_classifier_free_guidance=False)
+    found = sd3.Embeddings(tmp_path, len(prompts), CPU)
+    torch.testing.assert_close(found(torch.tensor([3, 150]))["encoder_hidden_states"][1:], expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.null["pooled_projections"], pipe.encode_prompt("", None, None, do_classifier_free_guidance=False)[2], rtol=1e-5, atol=1e-5)
+    kept, lost = tmp_path / "prompts-000000.safetensors", tmp_path / "prompts-000001.safetensors"
+    content, when = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    sd3.encode_prompts(model, prompts, tmp_path, CPU, torch.float32)
+    assert lost.read_bytes() == content and kept.stat().st_mtime_ns == when
+    with pytest.raises(fgm.InputError, match="another prompts"):
+        sd3.encode_prompts(model, prompts[1:], tmp_path, CPU, torch.float32)
+
+
+def test_grammar_makes_different_prompts_and_the_same_ones_again():
+    prompts = sd3.grammar(500)
+    assert len(set(prompts)) == 500 and prompts == sd3.grammar(500) and prompts != sd3.grammar(500, seed=1)
+
+
+def test_judge_reads_real_digits():
+    images, labels, styles = tiny_sd3.digits()
+    prompts = [tiny_sd3.captions(style, label)[i % 8] for i, (style, label) in enumerate(zip(styles.tolist(), labels.tolist(), strict=True))]
+    following, distance = tiny_sd3.judge((images * 127.5 + 128).clamp(0, 255).byte(), prompts)
+    assert following > 0.99 and distance < 0.01
+    shifted = [tiny_sd3.captions(0, (label + 1) % 10)[0] for label in labels.tolist()]
+    assert tiny_sd3.judge((images * 127.5 + 128).clamp(0, 255).byte(), shifted)[0] < 0.01
+    with pytest.raises(fgm.InputError, match="does not name one digit"):
+        tiny_sd3.judge(images[:1].byte(), ["a cat"])
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "whole"
+    done = drive("sd3.py", "--model", model, "--out", out, "--real", model / "images", *SMALL)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_command_writes_what_it_promises(finished, model):
+    out, printed = finished
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["teacher"].keys() == {"1", "28"} and f"{metrics['one_step']:.4f}" in printed and "memory a process, estimated" in printed
+    images = sd3.draw(sd3.open_pipeline(out / "pipeline", CPU, torch.float32), tiny_sd3.PROMPTS[:6], 1, 0, (32, 32))
+    assert tiny_sd3.judge(images, tiny_sd3.PROMPTS[:6])[1] == pytest.approx(metrics["one_step"], rel=1e-3)
+    for name in ("one-step.png", "teacher-28-steps.png", "distill-0000006.png", "config.json", "log.jsonl", "generator.safetensors"):
+        assert (out / name).stat().st_size > 100
+    assert drive("sd3.py", "--model", model, "--out", out, "--sample", "the digit 7", "--n", 2).returncode == 0 and (out / "sample.png").exists()
+
+
+def test_interrupted_run_resumed_equals_uninterrupted(finished, model, tmp_path):
+    first = ["sd3.py", "--model", model, "--out", tmp_path, "--real", model / "images", *SMALL]
+    process = subprocess.Popen([sys.executable, str(ROOT / first[0]), *map(str, first[1:])], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "checkpoints" / "distill-000000003").exists() and process.poll() is None:
+        pass
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "metrics.json").exists()
+    done = drive(*first)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = (load_file(out / "generator.safetensors") for out in (finished[0], tmp_path))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_geneval_layout(finished, tmp_path):
+    out, _ = finished
+    (tmp_path / "metadata.jsonl").write_text('{"tag": "a", "prompt": "the digit 3"}\n{"tag": "b", "prompt": "4"}\n')
+    assert drive("sd3.py", "--out", out, "--geneval", tmp_path / "metadata.jsonl").returncode == 0
+    for i, tag in enumerate("ab"):
+        folder = out / "geneval" / f"{i:05d}"
+        assert json.loads((folder / "metadata.jsonl").read_text())["tag"] == tag and len(list((folder / "samples").glob("0000?.png"))) == 4
+
+
+def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypatch, capfd):
+    out, _ = finished
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "bad.jsonl").write_text('{"tag": "no prompt"}\n')
+    (tmp_path / "real").mkdir()
+    broken = {}
+    for name, change in (("folder", lambda f: (f / "model_index.json").unlink()), ("component", lambda f: fgm.shutil.rmtree(f / "vae")),
+                         ("epsilon", lambda f: (f / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')),
+                         ("kind", lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'))):  # fmt: skip
+        broken[name] = tmp_path / name
+        fgm.shutil.copytree(model, broken[name])
+        change(broken[name])
+    small = tmp_path / "small"
+    small.mkdir()
+    sd3.save_grid(small / "a.png", torch.zeros(1, 3, 48, 48, dtype=torch.uint8), 1)
+    whole = ["--model", model, "--out", out, "--real", model / "images", *SMALL]
+    cases = [
+        (["--model", "nobody/nothing"], "hf auth login"),
+        (["--model", broken["folder"]], "no readable model_index.json"),
+        (["--model", broken["component"]], "lacks its component vae"),
+        (["--model", broken["epsilon"]], "no flow-matching model"),
+        (["--model", broken["kind"]], "is a FluxPipeline"),
+        (["--model", model, "--prompts", tmp_path / "empty.txt"], "holds no prompts"),
+        (["--model", model, "--prompts", tmp_path / "bad.jsonl"], "every line must be"),
+        (["--model", model, "--real", tmp_path / "real"], "holds no images"),
+        (["--model", model, "--real", small], "is 48x48, the run makes 32x32"),
+        (["--model", model, "--height", "40"], "divisible by 16"),
+        (["--model", model, "--height", "512"], "larger than"),
+        (["--model", model, "--lora", "0"], "--lora RANK must be 1 or more"),
+        (["--model", model, "--batch", "9", "--micro-batch", "2"], "global batch 9"),
+        ([*whole, "--prompts", model / "images" / "metadata.jsonl"], "holds embeddings for another prompts"),
+        ([*whole, "--lora", "4"], "lora None -> 4"),
+        ([*whole, "--lr", "0.5"], "lr 0.0005 -> 0.5"),
+        (["--out", out, "--geneval", tmp_path / "bad.jsonl"], 'with a "prompt"'),
+        (["--out", tmp_path / "new", "--sample", "7"], "has not finished"),
+    ]  # fmt: skip
+    before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in cases:
+        monkeypatch.setattr(sys, "argv", ["sd3.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            fgm.run(sd3.main)
+        error = capfd.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and error[-1].startswith("sd3.py: ") and message in error[-1], (arguments, error)
+    assert before == {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+
+
+def test_lora_run_resumes_and_writes_its_file(model, tmp_path):
+    arguments = ["--model", model, "--out", tmp_path, "--lora", 4, *SMALL]
+    done = drive("sd3.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    lora = load_file(tmp_path / "lora.safetensors")
+    assert all(name.startswith("transformer.") for name in lora) and lora["transformer.pos_embed.proj.lora_A.weight"].shape == (64, 16, 2, 2)
+    before = (tmp_path / "generator.safetensors").read_bytes()
+    fgm.shutil.rmtree(tmp_path / "checkpoints" / "distill-000000006")
+    done = drive("sd3.py", *arguments)
+    assert done.returncode == 0 and (tmp_path / "generator.safetensors").read_bytes() == before
+
+
+def test_memory_estimate_counts_the_state(model):
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    net = sd3.networks(model, 0, False, False, CPU)[0]
+    weights = sum(p.numel() for p in net.parameters())
+    parts = sd3.memory_estimate(config, None, True, False, 2, 8, 8, 288, 4.0, 1, True)
+    assert parts["weights, gradients, Adam, EMA"] == weights * (4 + 16 + 16 + 4)
+    medium = dict(sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
+                  caption_projection_dim=1536, pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192)  # fmt: skip
+    whole, lora = (sd3.memory_estimate(medium, rank, True, True, 1, 128, 128, 333, 4.0, 1, True)["weights, gradients, Adam, EMA"] for rank in (None, 64))
+    assert whole == pytest.approx(79e9, rel=0.03) and lora == pytest.approx(7.1e9, rel=0.03)  # SD3-medium: design figures 77 and 7.1 GB
+
+
