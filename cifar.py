@@ -506,20 +506,6 @@ def fid(real, fake, weights, device):
     return scores["frechet_inception_distance"]
 
 
-def save_grid(path, pixels, columns=10, zoom=None):
-    """uint8 images [N, C, R, R] as one PNG, enlarged to at least 32 pixels each."""
-    from PIL import Image
-
-    zoom = zoom or max(1, 32 // pixels.shape[-1])
-    n, c, r, _ = pixels.shape
-    rows = math.ceil(n / columns)
-    canvas = torch.zeros(rows * columns, c, r, r, dtype=torch.uint8)
-    canvas[:n] = pixels
-    canvas = canvas.view(rows, columns, c, r, r).permute(0, 3, 1, 4, 2).reshape(rows * r, columns * r, c)  # [N, C, R, R] -> [rows R, columns R, C]
-    canvas = canvas.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
-    Image.fromarray(canvas.expand(-1, -1, 3).numpy()).save(path)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------------------------
@@ -621,7 +607,7 @@ def draw_from_files(args, device):
     seconds = time.perf_counter() - began
     if fgm.rank() == 0:
         target = fgm.open_folder(out) / f"samples-{f'{args.steps}-steps' if args.steps else 'one-step'}"
-        save_grid(f"{target}.png", pixels[:1000])
+        fgm.save_grid(f"{target}.png", pixels[:1000])
         if args.npz:
             np.savez(f"{target}.npz", images=pixels.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())  # [N, C, R, R] -> [N, R, R, C]
         print(f"{len(pixels)} images in {seconds:.2f} s: {target}.png" + (f", {target}.npz" if args.npz else ""))
@@ -690,7 +676,7 @@ def main():
     def picture(step, generator):
         grid, _ = draw(generator, 100, shape, label_dim, device, args.seed)
         if fgm.rank() == 0:
-            save_grid(out / f"distill-{step:07d}.png", grid)
+            fgm.save_grid(out / f"distill-{step:07d}.png", grid)
 
     generator, distill_seconds = fgm.distill(
         teacher, generator, flow, shape, steps=steps["distill"], conditions=lambda seeds: one_hot((seeds % n).to(device)), lr=args.lr, flow_lr=args.flow_lr,
@@ -720,7 +706,7 @@ def score(args, device, images, judge, teacher, generator, about, seconds, out):
             if args.fid:
                 row["fid"] = fid(images.pixels, pixels, args.inception_weights, device)
             rows[name] = row
-            save_grid(out / f"{'one-step' if sampler is generator else f'teacher-{name}-steps'}.png", pixels[:100])
+            fgm.save_grid(out / f"{'one-step' if sampler is generator else f'teacher-{name}-steps'}.png", pixels[:100])
     if fgm.rank():
         return
     key = "fid" if args.fid else "pixel_frechet"

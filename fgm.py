@@ -676,7 +676,7 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
             last_good = folder / f"distill-{step + 1:09d}"
         if picture and (step + 1) % (picture_every or steps) == 0:
             learners["generator"].swap()
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 picture(step + 1, generator)
             learners["generator"].swap()
     log.bar.close()
@@ -826,6 +826,19 @@ def open_folder(path):
     return Path(path)
 
 
+def save_grid(path, images, columns=10, least=32):
+    """uint8 images [N, C, H, W], C 1 or 3, as one PNG; small ones are enlarged by a whole factor to `least` pixels or more."""
+    from PIL import Image
+
+    n, c, h, w = images.shape
+    rows, zoom = math.ceil(n / columns), math.ceil(least / h)
+    canvas = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
+    canvas[:n] = images
+    canvas = canvas.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)  # [N, C, H, W] -> [rows H, columns W, C]
+    canvas = canvas.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    Image.fromarray(canvas.expand(-1, -1, 3).numpy()).save(path)
+
+
 def run(main):
     """Call a driver's main() and turn what the user can mend into one line on stderr: exit status 2 for bad input, 1 for divergence."""
     try:
@@ -862,8 +875,8 @@ def main():
     parser.add_argument("--batch", type=int, default=1024, help="global batch: micro-batch x accumulation x processes")
     parser.add_argument("--micro-batch", type=int, help="samples a process handles at a time (default: its share of the batch)")
     parser.add_argument("--teacher-lr", type=float, default=2e-3)
-    parser.add_argument("--lr", type=float, default=5e-4, help="of the generator")
-    parser.add_argument("--flow-lr", type=float, default=1e-3, help="of the online flow")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the generator")
+    parser.add_argument("--flow-lr", type=float, default=4e-3, help="of the online flow")
     parser.add_argument("--ema", type=float, default=0.99, help="decay of the generator's moving average")
     parser.add_argument("--t-star", type=float, default=0.8, help="t* of the generator (B.1)")
     parser.add_argument("--c-in", type=float, default=1.0, help="c_in of the generator (B.1)")

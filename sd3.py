@@ -534,18 +534,6 @@ def draw(pipe, prompts, steps, guidance, size, seed=0, batch=50):
     return torch.cat(images)
 
 
-def save_grid(path, images, columns=8):
-    """uint8 images [N, 3, H, W] as one PNG, small ones enlarged."""
-    from PIL import Image
-
-    n, c, h, w = images.shape
-    rows = math.ceil(n / columns)
-    canvas = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
-    canvas[:n] = images
-    canvas = canvas.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)  # [N, C, H, W] -> [rows H, columns W, C]
-    Image.fromarray(canvas.repeat_interleave(max(1, 48 // h), 0).repeat_interleave(max(1, 48 // h), 1).numpy()).save(path)
-
-
 def geneval(pipe, metadata, target, steps, guidance, size, seed):
     """GenEval's folder layout: NNNNN/metadata.jsonl and NNNNN/samples/00000.png to 00003.png for each line of METADATA.jsonl."""
     from PIL import Image
@@ -664,11 +652,13 @@ def main():
             size = (trained["height"], trained["width"])
         pipe, steps, guidance = open_pipeline(source, device, dtype), args.steps or 1, args.guidance if args.steps else 0
         if args.geneval:
-            return geneval(pipe, args.geneval, out / "geneval", steps, guidance, size, args.seed)
-        save_grid(fgm.open_folder(out) / "sample.png", draw(pipe, [args.sample] * args.n, steps, guidance, size, args.seed, batch=4), min(args.n, 8))
+            return geneval(pipe, args.geneval, out / (f"geneval-{steps}-steps" if args.steps else "geneval"), steps, guidance, size, args.seed)
+        fgm.save_grid(fgm.open_folder(out) / "sample.png", draw(pipe, [args.sample] * args.n, steps, guidance, size, args.seed, batch=4), min(args.n, 8))
         return print(f"{args.n} images: {out}/sample.png")
 
     folder = model_folder(args.model)
+    if args.micro_batch is None and device.type == "cuda":
+        args.micro_batch = 4
     fgm.micro_batches(args.batch, args.micro_batch)
     prompts_file = args.prompts or (folder / "prompts.txt" if (folder / "prompts.txt").exists() else None)
     prompts = read_prompts(prompts_file) if prompts_file else grammar()
@@ -706,7 +696,7 @@ def main():
         chosen = torch.arange(8) % len(prompts)
         latents = generator(fgm.noise_from(torch.arange(8), shape, device), **embeddings(chosen))
         if fgm.rank() == 0:
-            save_grid(out / f"distill-{step:07d}.png", decode(folder, latents))
+            fgm.save_grid(out / f"distill-{step:07d}.png", decode(folder, latents))
 
     generator, distill_seconds = fgm.distill(
         fgm.guided(teacher, args.guidance, embeddings.null), generator, flow, shape, steps=math.ceil(args.kimg * 1000 / args.batch), batch=args.batch,
@@ -751,7 +741,7 @@ def score(args, folder, prompts, device, dtype, size, distill_seconds, coefficie
         images = draw(pipe, chosen, steps, guidance, size, args.seed, batch=50 if miniature else 4)
         rows[name] = {"seconds_per_image": (time.perf_counter() - started) / len(chosen)}
         del pipe
-        save_grid(out / f"{name.replace(', ', '-').replace(' ', '-')}.png", images[:64:8] if miniature else images[:8])
+        fgm.save_grid(out / f"{name.replace(', ', '-').replace(' ', '-')}.png", images[:240:8] if miniature else images[:8])
         if miniature:
             import tiny_sd3
 

@@ -22,12 +22,15 @@ from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
-from sd3 import SD3Velocity, draw, open_pipeline, quiet, save_grid
+from sd3 import SD3Velocity, draw, open_pipeline, quiet
 
 SIZE = 32  # pixels
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("{}", "the digit {}", "number {}", "a handwritten {}")
 STYLES = ("{}, thin", "{}", "{}, bold")
+
+TRANSFORMER = dict(sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2, attention_head_dim=16,
+                   joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=8)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Digits, captions, and the judge of both
@@ -189,8 +192,7 @@ def main():
     began = time.perf_counter()
     vae, rms = train_vae(args.vae_steps)
     vae_seconds = time.perf_counter() - began
-    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2, attention_head_dim=16,
-                                        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=8)  # fmt: skip
+    transformer = SD3Transformer2DModel(**TRANSFORMER)
     pipe = StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=1.0), vae, **text_parts())
     flow_seconds = train_transformer(pipe, args.kimg, args.batch, args.lr, args.seed)
     pipe.save_pretrained(out)
@@ -202,7 +204,7 @@ def main():
     started = time.perf_counter()
     images = draw(pipe, prompts, 28, 4.0, (SIZE, SIZE), args.seed)
     following, distance = judge(images, prompts)
-    save_grid(out / "samples.png", images[:: len(images) // 64 or 1][:64])
+    fgm.save_grid(out / "samples.png", images[:: len(images) // 64 or 1][:64])
     seconds = {"vae": vae_seconds, "transformer": flow_seconds, "scores": time.perf_counter() - started, "all": time.perf_counter() - began}
     scores = {"vae_rms": rms, "following": following, "pixel_frechet": distance, "samples": len(images)}
     fgm.write_json(out / "tiny_sd3.json", scores | {"seconds": seconds, "settings": vars(args)})

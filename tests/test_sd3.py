@@ -330,7 +330,7 @@ def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypat
         change(broken[name])
     small = tmp_path / "small"
     small.mkdir()
-    sd3.save_grid(small / "a.png", torch.zeros(1, 3, 48, 48, dtype=torch.uint8), 1)
+    fgm.save_grid(small / "a.png", torch.zeros(1, 3, 48, 48, dtype=torch.uint8), 1)
     whole = ["--model", model, "--out", out, "--real", model / "images", *SMALL]
     cases = [
         (["--model", "nobody/nothing"], "hf auth login"),

@@ -202,5 +202,5 @@ def test_other_settings_in_the_folder(finished):
     out, _ = finished
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     done = drive("--out", out, "--lr", "0.001")
-    assert done.returncode == 2 and "lr 0.0005 -> 0.001" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "lr 0.002 -> 0.001" in done.stderr and done.stderr.count("\n") == 1
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
