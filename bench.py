@@ -55,7 +55,7 @@ def cifar10(device, batch=None):
     return edm(device, batch or (256 if device.type == "cuda" else 8), img_resolution=32, in_channels=3, out_channels=3, label_dim=10)
 
 
-def miniature(device, batch=48, rank=0, bf16=False, config=tiny_sd3.TRANSFORMER, size=8, tokens=288):
+def miniature(device, batch=48, rank=0, bf16=False, config=tiny_sd3.TRANSFORMER, size=4, tokens=272):
     from diffusers import SD3Transformer2DModel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +183,7 @@ def memory_rows(device, repeats):
         subject = miniature(device, rank=rank, bf16=True)
         step_times(subject, 1, precision="bf16")
         peak = torch.cuda.max_memory_allocated() - before
-        estimate = sum(sd3.memory_estimate(tiny_sd3.TRANSFORMER | {"num_layers": 4}, rank, True, True, subject[4], 8, 8, 288, 4.0, 1, True).values())
+        estimate = sum(sd3.memory_estimate(tiny_sd3.TRANSFORMER | {"num_layers": 4}, rank, True, True, subject[4], 4, 4, 272, 4.0, 1, True).values())
         yield f"peak memory / estimate: miniature SD3, {'LoRA 16' if rank else 'three networks'}", spread([peak / estimate]) | {"peak_bytes": peak}
 
 

@@ -29,8 +29,8 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 TEMPLATES = ("{}", "the digit {}", "number {}", "a handwritten {}")
 STYLES = ("{}, thin", "{}", "{}, bold")
 
-TRANSFORMER = dict(sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2, attention_head_dim=16,
-                   joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=8)  # fmt: skip
+TRANSFORMER = dict(sample_size=4, patch_size=1, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2, attention_head_dim=16,
+                   joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=4)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Digits, captions, and the judge of both
@@ -91,19 +91,25 @@ def judge(images, prompts):
 
 
 def text_parts():
-    """Two CLIP encoders and T5, with byte-level and word-level tokenizers that need no download."""
+    """Two CLIP encoders and T5, with tokenizers that need no download: one piece for each word of the captions, letters for the rest."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = list(bytes_to_unicode().values())
-    pieces = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    clip_tokenizer = CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=32)
     words = sorted({word for prompt in PROMPTS for word in re.findall(r"\w+|,", prompt)})
+    letters = list(bytes_to_unicode().values())
+    pieces, merges = letters + [letter + "</w>" for letter in letters], []
+    for word in words:  # letter by letter from the front, so that every word becomes one piece
+        for i in range(1, len(word)):
+            end = word[i] + "</w>" * (i + 1 == len(word))
+            merges.append((word[:i], end))
+            pieces.append(word[:i] + end)
+    merges, pieces = list(dict.fromkeys(merges)), [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    clip_tokenizer = CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, model_max_length=16)
     t5_pieces = ["<pad>", "</s>", "<unk>", "▁"] + [f"▁{word}" for word in words] + words + sorted({letter for word in words for letter in word} - set(words))
     t5_tokenizer = T5TokenizerFast(vocab=[(piece, 0.0 if i < 3 else -1.0 if len(piece) > 1 else -9.0) for i, piece in enumerate(t5_pieces)], extra_ids=0)
-    clip_config = CLIPTextConfig(vocab_size=len(pieces), hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, projection_dim=16,
-                                 max_position_embeddings=32, bos_token_id=len(pieces) - 2, eos_token_id=len(pieces) - 1, pad_token_id=len(pieces) - 1)  # fmt: skip
-    t5_config = T5Config(vocab_size=len(t5_pieces), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    clip_config = CLIPTextConfig(vocab_size=len(pieces), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32,
+                                 max_position_embeddings=16, bos_token_id=len(pieces) - 2, eos_token_id=len(pieces) - 1, pad_token_id=len(pieces) - 1)  # fmt: skip
+    t5_config = T5Config(vocab_size=len(t5_pieces), d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
     return dict(text_encoder=CLIPTextModelWithProjection(clip_config).eval(), tokenizer=clip_tokenizer,
                 text_encoder_2=CLIPTextModelWithProjection(clip_config).eval(), tokenizer_2=clip_tokenizer,
                 text_encoder_3=T5EncoderModel(t5_config).eval(), tokenizer_3=t5_tokenizer)  # fmt: skip
@@ -115,10 +121,10 @@ def text_parts():
 
 
 def train_vae(steps, batch=64, lr=3e-3):
-    """An AutoencoderKL for the digits: 32x32 -> 16 channels of 8x8. Returns it with SD3's shift and scale set, and the rms error of its reconstruction."""
+    """An AutoencoderKL for the digits: 32x32 -> 16 channels of 4x4. Returns it with SD3's shift and scale set, and the rms error of its reconstruction."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(16, 16, 32),
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(16, 16, 32, 32),
                         layers_per_block=1, latent_channels=16, norm_num_groups=8, sample_size=SIZE, use_quant_conv=False, use_post_quant_conv=False,
                         mid_block_add_attention=False)  # fmt: skip
     images = digits()[0]
@@ -173,10 +179,10 @@ def main():
                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("--out", default="runs/tiny-sd3")
     parser.add_argument("--overwrite", action="store_true", help="replace the pipeline in OUT")
-    parser.add_argument("--vae-steps", type=int, default=500)
+    parser.add_argument("--vae-steps", type=int, default=300)
     parser.add_argument("--kimg", type=float, default=64.0, help="thousand images to train the transformer on")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--samples", type=int, default=240, help="images judged")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -52,7 +52,7 @@ def shaken(*nets):
 def losses(teacher, flow, net, cond, null, guidance=4.0, c_in=0.8):
     """One flow loss and one FGM loss of fixed draws; gradients are left in the networks."""
     generator = fgm.OneStepGenerator(net, 0.97, c_in)
-    z, noise = (fgm.noise_from(torch.arange(i, i + 3), (16, 8, 8), "cpu").to(next(net.parameters()).dtype) for i in (0, 10))
+    z, noise = (fgm.noise_from(torch.arange(i, i + 3), (16, 4, 4), "cpu").to(next(net.parameters()).dtype) for i in (0, 10))
     t = torch.tensor([0.2, 0.6, 0.95])
     with torch.no_grad():
         x0 = generator(z, **cond)
@@ -133,7 +133,7 @@ torch.manual_seed(0)
 teacher, flow, net = sd3.networks(model, rank, True, False, device)
 before = {name: {k: fgm.full(p.detach()).clone() for k, p in n.named_parameters()} for name, n in (("flow", flow), ("net", net))}
 generator = fgm.OneStepGenerator(net, 0.97, 0.8)
-fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), generator, flow, (16, 8, 8), steps=1, batch=8, micro_batch=micro, l1_weight=-0.4, ema_decay=None,
+fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), generator, flow, (16, 4, 4), steps=1, batch=8, micro_batch=micro, l1_weight=-0.4, ema_decay=None,
             conditions=lambda seeds: embeddings(seeds % 240), lr=1e4, flow_lr=1e4, eps=1e6, precision="fp32", log_every=100)
 moved = {f"{name}.{k}": fgm.full(p.detach()) - before[name][k] for name, n in (("flow", flow), ("net", net)) for k, p in n.named_parameters()}
 if fgm.rank() == 0:
@@ -163,7 +163,7 @@ def test_a_step_makes_no_needless_pass(model, embeddings):
     passes = []
     for name, velocity in (("teacher", teacher), ("flow", flow), ("generator", net)):
         velocity.register_forward_pre_hook(lambda module, inputs, name=name: passes.append((name, len(inputs[0]))))
-    fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8), flow, (16, 8, 8), steps=1, batch=2,
+    fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8), flow, (16, 4, 4), steps=1, batch=2,
                 conditions=lambda seeds: embeddings(seeds % 240), log_every=1)  # fmt: skip
     assert sorted(passes) == [("flow", 2), ("flow", 2), ("generator", 2), ("generator", 2), ("teacher", 4)]
 
@@ -176,10 +176,10 @@ def test_gan_losses_against_plain_mathematics(model, embeddings):
     _, flow, _ = sd3.networks(model, 0, True, False, CPU, keep_features=True)
     shaken(flow)
     torch.manual_seed(2)
-    real = torch.randn(5, 16, 8, 8)
+    real = torch.randn(5, 16, 4, 4)
     gan = sd3.GAN(32, (4, 4), real, embeddings, (-1.0, 2.0), 0.5, 0.25)
     seeds, cond = torch.tensor([7, 11]), embeddings(torch.tensor([3, 4]))
-    x0, noise, t = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 16, 8, 8), torch.tensor([0.1, 0.4])
+    x0, noise, t = torch.randn(2, 16, 4, 4, requires_grad=True), torch.randn(2, 16, 4, 4), torch.tensor([0.1, 0.4])
 
     def hidden(xt, t, cond):  # blocks 0 to 2, called one by one
         net = flow.net
@@ -191,13 +191,13 @@ def test_gan_losses_against_plain_mathematics(model, embeddings):
     fgm.reflow_loss(flow, x0.detach(), noise, t, **cond)
     found = gan.flow_loss(flow, x0.detach(), seeds, cond)
     chosen = seeds % 5
-    noised = fgm.interpolate(real[chosen], fgm.noise_from(seeds ^ 1, (16, 8, 8), "cpu"), t)
+    noised = fgm.interpolate(real[chosen], fgm.noise_from(seeds ^ 1, (16, 4, 4), "cpu"), t)
     fake_logit, real_logit = hidden(fgm.interpolate(x0.detach(), noise, t), t, cond), hidden(noised, t, embeddings(chosen))
     torch.testing.assert_close(found, -0.25 * (torch.log(torch.sigmoid(-fake_logit)) + torch.log(torch.sigmoid(real_logit))))
 
     found = gan.generator_loss(flow, x0, seeds, cond)
     t = torch.sigmoid(-1 + 2 * fgm.noise_from(seeds ^ 2, (1,), "cpu")[:, 0])
-    expected = -0.5 * torch.log(torch.sigmoid(hidden(fgm.interpolate(x0, fgm.noise_from(seeds ^ 1, (16, 8, 8), "cpu"), t), t, cond)))
+    expected = -0.5 * torch.log(torch.sigmoid(hidden(fgm.interpolate(x0, fgm.noise_from(seeds ^ 1, (16, 4, 4), "cpu"), t), t, cond)))
     torch.testing.assert_close(found, expected)
     ours, theirs = (torch.autograd.grad(loss.sum(), x0)[0] for loss in (found, expected))
     assert ours.norm() > 0 and relative(ours, theirs) < 1e-5
@@ -214,7 +214,7 @@ def test_stock_pipeline_draws_what_our_generator_draws(model, embeddings, tmp_pa
     shaken(net)
     generator = fgm.OneStepGenerator(net, 0.97, 0.8)
     sd3.export(model, generator, rank, torch.float32, tmp_path)
-    z = fgm.noise_from(torch.arange(3), (16, 8, 8), CPU)
+    z = fgm.noise_from(torch.arange(3), (16, 4, 4), CPU)
     index = torch.tensor([0, 90, 200])
     with torch.no_grad():
         expected = generator(z, **embeddings(index))
@@ -237,9 +237,9 @@ def test_stock_pipeline_draws_what_our_generator_draws(model, embeddings, tmp_pa
 
 
 def test_embeddings_are_the_pipelines_own_and_resume(model, embeddings, tmp_path, capsys):
-    prompts = [tiny_sd3.PROMPTS[i] for i in range(200)] + ["x" * 100]
+    prompts = [tiny_sd3.PROMPTS[i] for i in range(200)] + ["x " * 100]
     sd3.encode_prompts(model, prompts, tmp_path, CPU, torch.float32)
-    assert "1 prompts are longer than CLIP's 32 tokens" in capsys.readouterr().err
+    assert "1 prompts are longer than CLIP's 16 tokens" in capsys.readouterr().err
     pipe = sd3.text_pipeline(model, CPU, torch.float32)
     expected = pipe.encode_prompt(prompts[150], None, None, do_classifier_free_guidance=False)
     found = sd3.Embeddings(tmp_path, len(prompts), CPU)
@@ -368,7 +368,7 @@ def test_lora_run_resumes_and_writes_its_file(model, tmp_path):
     done = drive("sd3.py", *arguments)
     assert done.returncode == 0, done.stderr
     lora = load_file(tmp_path / "lora.safetensors")
-    assert all(name.startswith("transformer.") for name in lora) and lora["transformer.pos_embed.proj.lora_A.weight"].shape == (64, 16, 2, 2)
+    assert all(name.startswith("transformer.") for name in lora) and lora["transformer.pos_embed.proj.lora_A.weight"].shape == (16, 16, 1, 1)
     before = (tmp_path / "generator.safetensors").read_bytes()
     fgm.shutil.rmtree(tmp_path / "checkpoints" / "distill-000000006")
     done = drive("sd3.py", *arguments)
@@ -379,7 +379,7 @@ def test_memory_estimate_counts_the_state(model):
     config = json.loads((model / "transformer" / "config.json").read_text())
     net = sd3.networks(model, 0, False, False, CPU)[0]
     weights = sum(p.numel() for p in net.parameters())
-    parts = sd3.memory_estimate(config, None, True, False, 2, 8, 8, 288, 4.0, 1, True)
+    parts = sd3.memory_estimate(config, None, True, False, 2, 4, 4, 272, 4.0, 1, True)
     assert parts["weights, gradients, Adam, EMA"] == weights * (4 + 16 + 16 + 4)
     medium = dict(sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
                   caption_projection_dim=1536, pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192)  # fmt: skip
