@@ -520,7 +520,6 @@ DIGITS = PAPER | dict(model_channels=32, channel_mult=[1, 2], num_blocks=1, atte
                       batch=128, teacher_kimg=192, teacher_lr=2e-3, kimg=192, lr=2e-4, flow_lr=4e-4, ema=0.995, lr_decay=0.6,
                       weight="sid", l1_weight=-0.4, samples=10_000)  # fmt: skip
 DIGITS_UNCONDITIONAL = DIGITS | dict(kimg=256)
-WEIGHTS = {"none": None, "sid": fgm.sid_weight}
 
 
 def arguments():
@@ -566,7 +565,7 @@ def arguments():
     add("--c-in", type=float, help="c_in of the generator (B.1)")
     add("--c-skip", type=float, help="c_skip of the generator (B.1); c_out is t*")
     add("--l1-weight", type=float, help="1: exact gradient (4.10); 0: the paper's practice; -0.4: SiD's alpha 1.2")
-    add("--weight", choices=WEIGHTS, help="per-sample weight of the FGM loss; sid: arXiv 2404.04057, eq 24")
+    add("--weight", choices=fgm.WEIGHTS, help="per-sample weight of the FGM loss; sid: arXiv 2404.04057, eq 24")
     add("--t-generator", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the FGM loss")
     add("--t-flow", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the flow's and the teacher's loss")
     add("--flow-updates", type=int, help="of the online flow for each of the generator")
@@ -685,7 +684,7 @@ def main():
     generator, distill_seconds = fgm.distill(
         teacher, generator, flow, shape, steps=steps["distill"], conditions=lambda seeds: one_hot((seeds % n).to(device)), lr=args.lr, flow_lr=args.flow_lr,
         lr_warmup=100, lr_decay=round(args.lr_decay * steps["distill"]), t_generator=tuple(args.t_generator), l1_weight=args.l1_weight,
-        weight=WEIGHTS[args.weight], flow_updates=args.flow_updates, ema_decay=args.ema, picture=picture, picture_every=args.picture_every, **shared)  # fmt: skip
+        weight=fgm.WEIGHTS[args.weight], flow_updates=args.flow_updates, ema_decay=args.ema, picture=picture, picture_every=args.picture_every, **shared)  # fmt: skip
     fgm.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(about | {"generator": generator.coefficients()})})
     score(args, device, images, judge, teacher, generator, about, {"teacher": teacher_seconds, "distillation": distill_seconds}, out)
 

@@ -125,6 +125,9 @@ def sid_weight(t, u, c):
     return t**2 / (per_sample(t, u) * (u - c)).abs().flatten(1).mean(1).clamp(min=1e-5)  # [B, ...] -> [B, D] -> [B]
 
 
+WEIGHTS = {"none": None, "sid": sid_weight}  # what the image drivers' --weight names
+
+
 @contextmanager
 def frozen(*nets):
     """Within, the parameters of those nets that are modules need no gradient: a backward pass through them computes input gradients only."""

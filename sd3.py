@@ -561,10 +561,11 @@ def geneval(pipe, metadata, target, steps, guidance, size, seed):
 # ----------------------------------------------------------------------------------------------------------------------
 
 # The paper's settings (section 5.2, B.2); it gives no length, EMA decay or warm-up: those are ours.
-PAPER = dict(height=1024, width=1024, batch=192, kimg=1920, lr=5e-6, lr_warmup=0, ema=0.999, l1_weight=0.0, t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), guidance=4.0,
-             samples=8, save_every=250, picture_every=250)  # fmt: skip
+PAPER = dict(height=1024, width=1024, batch=192, kimg=1920, lr=5e-6, lr_warmup=0, lr_decay=0.0, ema=0.999, l1_weight=0.0, weight="none",
+             t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), guidance=4.0, samples=8, save_every=250, picture_every=250)  # fmt: skip
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
-TINY = PAPER | dict(height=32, width=32, batch=48, kimg=19.2, lr=5e-4, lr_warmup=20, ema=0.98, samples=500, save_every=100, picture_every=100)
+TINY = PAPER | dict(height=32, width=32, batch=24, kimg=14.4, lr=3e-3, lr_warmup=20, lr_decay=0.7, ema=0.98, t_generator=(0.0, 2.0), samples=500, save_every=200,
+                    picture_every=200)  # fmt: skip
 
 
 def arguments():
@@ -596,12 +597,14 @@ def arguments():
     add("--kimg", type=float, help="thousand images to distil with")
     add("--lr", type=float)
     add("--lr-warmup", type=int)
+    add("--lr-decay", type=float, help="last share of the run over which the learning rates fall to 0")
     add("--guidance", type=float, help="classifier-free guidance of the teacher")
     add("--ema", type=float, help="decay of the generator's moving average")
     add("--no-ema", action="store_const", const=None, dest="ema", help="export the last weights")
     add("--t-star", type=float, default=0.97, help="t* of the generator (B.1)")
     add("--c-in", type=float, default=0.8, help="c_in of the generator (B.1)")
     add("--l1-weight", type=float, help="1: exact gradient (4.10); 0: the paper's practice")
+    add("--weight", choices=fgm.WEIGHTS, help="per-sample weight of the FGM loss; sid: arXiv 2404.04057, eq 24")
     add("--t-generator", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the FGM loss")
     add("--t-flow", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the flow's loss, and of the GAN")
     add("--loss-scale", type=float, default=100.0, help="of the generator's loss")
@@ -698,12 +701,13 @@ def main():
         if fgm.rank() == 0:
             fgm.save_grid(out / f"distill-{step:07d}.png", decode(folder, latents))
 
+    steps = math.ceil(args.kimg * 1000 / args.batch)
     generator, distill_seconds = fgm.distill(
-        fgm.guided(teacher, args.guidance, embeddings.null), generator, flow, shape, steps=math.ceil(args.kimg * 1000 / args.batch), batch=args.batch,
-        micro_batch=args.micro_batch, conditions=lambda seeds: embeddings(seeds % len(prompts)), lr=args.lr, eps=1e-6, lr_warmup=args.lr_warmup,
-        t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), l1_weight=args.l1_weight, loss_scale=args.loss_scale, extra=gan, ema_decay=args.ema,
-        seed=args.seed, precision=args.precision, compile=args.compile, out=out, resume="no" if args.overwrite else "any" if args.resume else "same",
-        save_every=args.save_every, log_every=args.log_every, picture_every=args.picture_every, picture=picture,
+        fgm.guided(teacher, args.guidance, embeddings.null), generator, flow, shape, steps=steps, batch=args.batch, micro_batch=args.micro_batch,
+        conditions=lambda seeds: embeddings(seeds % len(prompts)), lr=args.lr, eps=1e-6, lr_warmup=args.lr_warmup, lr_decay=round(args.lr_decay * steps),
+        t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), l1_weight=args.l1_weight, weight=fgm.WEIGHTS[args.weight], loss_scale=args.loss_scale,
+        extra=gan, ema_decay=args.ema, seed=args.seed, precision=args.precision, compile=args.compile, out=out, save_every=args.save_every,
+        log_every=args.log_every, picture_every=args.picture_every, picture=picture, resume="no" if args.overwrite else "any" if args.resume else "same",
         notes={"model": str(args.model), "lora": args.lora, "prompts": len(prompts), "guidance": args.guidance, "height": args.height, "width": args.width,
                "real": args.real, "gan": [args.gan_generator, args.gan_discriminator]})  # fmt: skip
     fgm.save_weights(generator.net, out / "generator.safetensors")
