@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,3 +148,30 @@ X, T = torch.zeros(4, 2), torch.full((4,), 0.5)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_noise_of_a_seed_is_its_own():
+    """Alone, in company, and for seeds that differ only above 32 bits."""
+    seeds = torch.tensor([5, 6, 5 + 2**32, 2**62])
+    noise = fgm.noise_from(seeds, (4, 500), "cpu")
+    assert torch.equal(noise[1:2], fgm.noise_from(seeds[1:2], (4, 500), "cpu"))
+    correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(4)
+    assert correlation.abs().max() < 0.1 and abs(noise.std().item() - 1) < 0.05
+
+
+def test_frechet_distance_of_known_gaussians():
+    n = torch.randn(200_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a, b = n @ torch.tensor([[1.0, 0.5], [0.0, 1.0]]).double(), 1 + 2 * n
+    root = torch.linalg.svdvals(torch.tensor([[1.0, 0.5], [0.0, 1.0]]).double()).sum()  # tr (A^T A)^(1/2)
+    expected = 2 + (2 + 0.25) + 8 - 2 * 2 * root.item()
+    assert fgm.frechet_distance(a, b) == pytest.approx(expected, rel=0.01) and fgm.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_grid_places_images_row_by_row(tmp_path):
+    from PIL import Image
+
+    images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2) * 50
+    fgm.save_grid(tmp_path / "grid.png", images, columns=2, least=4)
+    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "grid.png").convert("L"))).long()
+    expected = torch.tensor([[0, 50], [100, 0]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    assert torch.equal(pixels, expected)
