@@ -180,7 +180,7 @@ def main():
     parser.add_argument("--out", default="runs/tiny-sd3")
     parser.add_argument("--overwrite", action="store_true", help="replace the pipeline in OUT")
     parser.add_argument("--vae-steps", type=int, default=300)
-    parser.add_argument("--kimg", type=float, default=64.0, help="thousand images to train the transformer on")
+    parser.add_argument("--kimg", type=float, default=96.0, help="thousand images to train the transformer on")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--samples", type=int, default=240, help="images judged")

@@ -1,6 +1,9 @@
 """Path, generator, sampler, guidance, mixture, distance: conventions and closed forms."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +178,8 @@ def test_grid_places_images_row_by_row(tmp_path):
     pixels = torch.from_numpy(np.array(Image.open(tmp_path / "grid.png").convert("L"))).long()
     expected = torch.tensor([[0, 50], [100, 0]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
     assert torch.equal(pixels, expected)
+
+
+def test_import_is_light():
+    code = "import sys, fgm; print(sorted({'diffusers', 'transformers', 'sklearn', 'matplotlib', 'PIL'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(fgm.__file__).parent, capture_output=True, text=True, check=True).stdout.strip() == "[]"
