@@ -564,8 +564,8 @@ def geneval(pipe, metadata, target, steps, guidance, size, seed):
 PAPER = dict(height=1024, width=1024, batch=192, kimg=1920, lr=5e-6, lr_warmup=0, lr_decay=0.0, ema=0.999, l1_weight=0.0, weight="none",
              t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), guidance=4.0, samples=8, save_every=250, picture_every=250)  # fmt: skip
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
-TINY = PAPER | dict(height=32, width=32, batch=24, kimg=14.4, lr=3e-3, lr_warmup=20, lr_decay=0.7, ema=0.98, l1_weight=1.0, t_generator=(0.0, 2.0), samples=500,
-                    save_every=200, picture_every=200)  # fmt: skip
+TINY = PAPER | dict(height=32, width=32, batch=24, kimg=4.8, lr=2e-3, lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=1.0, t_generator=(0.0, 2.0), samples=500,
+                    save_every=100, picture_every=100)  # fmt: skip
 
 
 def arguments():

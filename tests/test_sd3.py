@@ -348,7 +348,7 @@ def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypat
         (["--model", model, "--batch", "9", "--micro-batch", "2"], "global batch 9"),
         ([*whole, "--prompts", model / "images" / "metadata.jsonl"], "holds embeddings for another prompts"),
         ([*whole, "--lora", "4"], "lora None -> 4"),
-        ([*whole, "--lr", "0.5"], "lr 0.003 -> 0.5"),
+        ([*whole, "--lr", "0.5"], "lr 0.002 -> 0.5"),
         (["--out", out, "--geneval", tmp_path / "bad.jsonl"], 'with a "prompt"'),
         (["--out", tmp_path / "new", "--sample", "7"], "has not finished"),
     ]  # fmt: skip
