@@ -535,7 +535,7 @@ def draw(pipe, prompts, steps, guidance, size, seed=0, batch=50):
 
 
 def geneval(pipe, metadata, target, steps, guidance, size, seed):
-    """GenEval's folder layout: NNNNN/metadata.jsonl and NNNNN/samples/00000.png to 00003.png for each line of METADATA.jsonl."""
+    """GenEval's folder layout: NNNNN/metadata.jsonl and NNNNN/samples/0000.png to 0003.png for each line of METADATA.jsonl."""
     from PIL import Image
 
     try:
@@ -552,7 +552,7 @@ def geneval(pipe, metadata, target, steps, guidance, size, seed):
         fgm.open_folder(folder / "samples")
         (folder / "metadata.jsonl").write_text(json.dumps(line) + "\n")
         for k, image in enumerate(draw(pipe, [prompt] * 4, steps, guidance, size, seed + 4 * i)):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "samples" / f"{k:05d}.png")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "samples" / f"{k:04d}.png")
     print(f"{len(prompts)} prompts, 4 images each, in {target}")
 
 

@@ -312,7 +312,7 @@ def test_geneval_layout(finished, tmp_path):
     assert drive("sd3.py", "--out", out, "--geneval", tmp_path / "metadata.jsonl").returncode == 0
     for i, tag in enumerate("ab"):
         folder = out / "geneval" / f"{i:05d}"
-        assert json.loads((folder / "metadata.jsonl").read_text())["tag"] == tag and len(list((folder / "samples").glob("0000?.png"))) == 4
+        assert json.loads((folder / "metadata.jsonl").read_text())["tag"] == tag and len(list((folder / "samples").glob("000?.png"))) == 4
 
 
 def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypatch, capfd):

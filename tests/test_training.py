@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -204,3 +205,13 @@ def test_other_settings_in_the_folder(finished):
     done = drive("--out", out, "--lr", "0.001")
     assert done.returncode == 2 and "lr 0.002 -> 0.001" in done.stderr and done.stderr.count("\n") == 1
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_full_disk_keeps_the_checkpoint_before(finished, tmp_path):
+    """A limit on the size of files stands for the disk: the checkpoint cannot be written."""
+    fgm.shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    before = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
+    done = subprocess.run(command("--out", tmp_path, "--steps", 50, "--resume"), capture_output=True, text=True, env=ENV, preexec_fn=limit)
+    assert done.returncode == 2 and "cannot write the checkpoint" in done.stderr and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == before
