@@ -130,12 +130,14 @@ model, cache, out, rank, micro = Path(sys.argv[1]), sys.argv[2], sys.argv[3], in
 device = fgm.setup("cpu")
 embeddings = sd3.Embeddings(cache, 240, device)
 torch.manual_seed(0)
-teacher, flow, net = sd3.networks(model, rank, True, False, device)
-before = {name: {k: fgm.full(p.detach()).clone() for k, p in n.named_parameters()} for name, n in (("flow", flow), ("net", net))}
+teacher, flow, net = sd3.networks(model, rank, True, False, device, keep_features=True)
+gan = sd3.GAN(32, (4, 4), fgm.noise_from(torch.arange(5), (16, 4, 4), device), embeddings, (-1.0, 2.0), 0.5, 2.5)
+fgm.shard(gan.head)
+before = {name: {k: fgm.full(p.detach()).clone() for k, p in n.named_parameters()} for name, n in (("flow", flow), ("net", net), ("gan", gan))}
 generator = fgm.OneStepGenerator(net, 0.97, 0.8)
-fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), generator, flow, (16, 4, 4), steps=1, batch=8, micro_batch=micro, l1_weight=-0.4, ema_decay=None,
-            conditions=lambda seeds: embeddings(seeds % 240), lr=1e4, flow_lr=1e4, eps=1e6, precision="fp32", log_every=100)
-moved = {f"{name}.{k}": fgm.full(p.detach()) - before[name][k] for name, n in (("flow", flow), ("net", net)) for k, p in n.named_parameters()}
+fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), generator, flow, (16, 4, 4), steps=1, batch=8, micro_batch=micro, l1_weight=-0.4, ema_decay=None, extra=gan,
+            conditions=lambda seeds: embeddings(seeds % 240), lr=1e5, flow_lr=1e5, eps=1e6, precision="fp32", log_every=100)
+moved = {f"{name}.{k}": fgm.full(p.detach()) - before[name][k] for name, n in (("flow", flow), ("net", net), ("gan", gan)) for k, p in n.named_parameters()}
 if fgm.rank() == 0:
     torch.save(moved, out)
 fgm.dist.is_initialized() and fgm.dist.destroy_process_group()
@@ -144,7 +146,7 @@ fgm.dist.is_initialized() and fgm.dist.destroy_process_group()
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_two_processes_move_the_weights_as_one(model, embeddings, tmp_path, rank):
-    """With Adam's epsilon far above the gradients, one step moves each weight by its gradient times a constant. Checkpointing and accumulation are on."""
+    """With Adam's epsilon far above the gradients, one step moves each weight by its gradient times a constant. Checkpointing, accumulation and GAN are on."""
     (tmp_path / "ranks.py").write_text(RANKS)
     cache = Path(tmp_path) / "cache"
     sd3.encode_prompts(model, tiny_sd3.PROMPTS, cache, CPU, torch.float32)
@@ -153,7 +155,7 @@ def test_two_processes_move_the_weights_as_one(model, embeddings, tmp_path, rank
         done = drive(tmp_path / "ranks.py", model, cache, tmp_path / "moved.pt", rank, 4 if processes is None else 2, processes=processes, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         moved.append(torch.load(tmp_path / "moved.pt"))
-    for part in ("flow.", "net."):
+    for part in ("flow.", "net.", "gan."):
         one, two = (torch.cat([value.flatten() for name, value in found.items() if name.startswith(part)]) for found in moved)
         assert one.norm() > 0 and relative(two, one) < 1e-6
 
