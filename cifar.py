@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fgm
-from fgm import InputError
+from fgm import InputError, to_float, to_uint8
 
 # ----------------------------------------------------------------------------------------------------------------------
 # EDM's U-Net: the DDPM++ network of Song et al. 2021 (arXiv 2011.13456) as configured by Karras et al. 2022 (arXiv 2206.00364)
@@ -244,6 +244,11 @@ def load_edm(path):
 
     Nothing inside the file is executed. Raises InputError for a file that is missing, cut short, names any global beyond those of such files,
     or holds another network (NCSN++ and ADM have other layers)."""
+    return read_edm(path)[0]
+
+
+def read_edm(path):
+    """load_edm's network, and its description as build() takes it."""
     try:
         with open(path, "rb") as file:
             content = EDMUnpickler(file).load()
@@ -252,15 +257,16 @@ def load_edm(path):
         if outer.class_name != "EDMPrecond" or inner.class_name != "SongUNet":
             raise InputError(f"it holds {outer.class_name}({inner.class_name}); supported is EDMPrecond(SongUNet), DDPM++")
         weights = {name: value.float() for name, value in inner.tensors().items()}
-        net = EDMUNet(**edm_config(weights, outer.state))
-        net.load_state_dict(weights)
+        network = edm_config(weights, outer.state) | {"edm_sigma_data": float(outer.state["sigma_data"])}
+        velocity = build(network)
+        velocity.net.load_state_dict(weights)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except InputError as error:
         raise InputError(f"{path} cannot be used: {error}") from error
     except Exception as error:  # a foreign pickle can fail in any way at all
         raise InputError(f"{path} is not an EDM network, or is damaged ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
-    return EDMVelocity(net, float(outer.state["sigma_data"])).eval()
+    return velocity.eval(), network
 
 
 def edm_config(weights, outer):
@@ -312,10 +318,7 @@ def load_network(path):
 def load_teacher(path, images, cond):
     """A teacher and its description from our safetensors or an EDM pickle. Raises InputError if it does not fit the images or the conditioning."""
     if str(path).endswith(".pkl"):
-        net = load_edm(path)
-        with open(path, "rb") as file:
-            outer = EDMUnpickler(file).load()["ema"]
-        network = edm_config(net.net.state_dict(), outer.state) | {"edm_sigma_data": net.sigma_data}
+        net, network = read_edm(path)
     else:
         net, about = load_network(path)
         network = about["network"]
@@ -339,16 +342,6 @@ class Images(NamedTuple):
     pixels: torch.Tensor
     labels: torch.Tensor
     classes: list
-
-
-def to_float(pixels):
-    """uint8 0..255 -> float32 -1..1."""
-    return pixels.float() / 127.5 - 1
-
-
-def to_uint8(x):
-    """float -1..1 -> uint8 0..255, values outside clipped."""
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def load_images(data, resolution=None, cond=False):
@@ -404,11 +397,7 @@ def image_folder(root, resolution):
     pixels, labels = [], []
     for label, name in enumerate(classes):
         for path in sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in suffixes):
-            try:
-                with Image.open(path) as image:
-                    image = image.convert("RGB")
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise InputError(f"cannot read the image {path} ({error}); mend or remove it") from error
+            image = fgm.read_image(path)
             if resolution:
                 image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BOX if min(image.size) >= resolution else Image.Resampling.BICUBIC)
             elif image.width != image.height or (pixels and image.width != pixels[0].shape[0]):
@@ -533,12 +522,8 @@ def arguments():
     add("--flip", action=argparse.BooleanOptionalAction, help="horizontal flips when the teacher trains")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="output folder (default: runs/DATA, with -cond if conditional)")
-    add("--resume", action="store_true", help="go on with the run in OUT even if settings changed")
-    add("--overwrite", action="store_true", help="start again in OUT")
+    fgm.add_run_flags(add)
     add("--paper", action="store_true", help="the paper's settings on any data")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks (default: on a GPU)")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
@@ -661,7 +646,7 @@ def main():
         return x, one_hot(index)
 
     shared = dict(batch=args.batch, micro_batch=args.micro_batch, t_flow=tuple(args.t_flow), seed=args.seed, precision=args.precision, compile=compiled, out=out,
-                  save_every=args.save_every, log_every=args.log_every, resume="no" if args.overwrite else "any" if args.resume else "same",
+                  save_every=args.save_every, log_every=args.log_every, resume=fgm.resume_mode(args),
                   notes={"data": args.data, "network": network, "teacher": args.teacher})  # fmt: skip
     teacher_seconds = 0.0
     if not args.teacher:
@@ -724,7 +709,7 @@ def score(args, device, images, judge, teacher, generator, about, seconds, out):
         "rows": {str(k): row for k, row in rows.items()}, "seconds": seconds})  # fmt: skip
     print(f"{args.data}{' (conditional)' if label_dim else ''}: {args.samples:,} samples against {len(images.pixels):,} training images")
     print(f"  {'':18}{metric:>24}{'accuracy':>10}{'worst class':>13}{'seconds':>9}" if label_dim else f"  {'':18}{metric:>24}{'seconds':>9}")
-    print(f"  {'data, two halves':18}{noise_floor(images):24.4f}" + (f"{judge.own_accuracy:10.2%}" if label_dim else "") + "   (pixel Frechet distance)" * args.fid)
+    print(f"  {'data, two halves':18}{floor:24.4f}" + (f"{judge.own_accuracy:10.2%}" if label_dim else "") + "   (pixel Frechet distance)" * args.fid)
     for name, row in rows.items():
         label = name if name == "one step" else f"teacher, {name} step{'s' * (name > 1)}"
         print(f"  {label:18}{row[key]:24.4f}" + (f"{row['accuracy']:10.2%}{row['worst_class']:13.2%}" if label_dim else "") + f"{row['seconds']:9.1f}")

@@ -818,6 +818,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def add_run_flags(add):
+    """The flags that mean the same in every driver; add: a parser's or group's add_argument."""
+    add("--resume", action="store_true", help="go on with the run in OUT even if settings changed")
+    add("--overwrite", action="store_true", help="start again in OUT")
+    add("--seed", type=int, default=0)
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+
+
+def resume_mode(args):
+    """What load_checkpoint is told: "no", "any" or "same"."""
+    return "no" if args.overwrite else "any" if args.resume else "same"
+
+
 def open_folder(path):
     """The folder, made if need be. Raises InputError if it cannot be written."""
     try:
@@ -827,6 +841,27 @@ def open_folder(path):
     except OSError as error:
         raise InputError(f"cannot write to the output folder {path}: {error.strerror}") from error
     return Path(path)
+
+
+def to_float(pixels):
+    """uint8 0..255 -> float32 -1..1."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float -1..1 -> uint8 0..255, values outside clipped."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def read_image(path):
+    """A PIL image in RGB, whatever the file's mode. Raises InputError, naming the file, if it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read the image {path} ({error}); mend or remove it") from error
 
 
 def save_grid(path, images, columns=10, least=32):
@@ -871,8 +906,7 @@ def main():
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("--data", default="8gaussians", choices=DATA)
     parser.add_argument("--out", help="output folder (default: runs/DATA)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT even if settings changed")
-    parser.add_argument("--overwrite", action="store_true", help="start again in OUT")
+    add_run_flags(parser.add_argument)
     parser.add_argument("--teacher-steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=3000, help="distillation steps")
     parser.add_argument("--batch", type=int, default=1024, help="global batch: micro-batch x accumulation x processes")
@@ -890,10 +924,7 @@ def main():
     parser.add_argument("--samples", type=int, default=50_000, help="samples that each distance is measured on")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--log-every", type=int, default=100, help="steps between lines of log.jsonl")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     args = parser.parse_args()
     check_settings(samples=args.samples, lr=args.lr, flow_lr=args.flow_lr, teacher_lr=args.teacher_lr, steps=args.steps,
                    teacher_steps=args.teacher_steps, batch=args.batch, micro_batch=args.micro_batch)  # fmt: skip
@@ -903,7 +934,7 @@ def main():
     out = open_folder(args.out or f"runs/{args.data}")
     shared = dict(batch=args.batch, micro_batch=args.micro_batch, lr_warmup=100, t_flow=tuple(args.t_flow), seed=args.seed, precision=args.precision,
                   compile=args.compile, out=out, save_every=args.save_every, log_every=args.log_every, notes={"data": args.data},
-                  resume="no" if args.overwrite else "any" if args.resume else "same")  # fmt: skip
+                  resume=resume_mode(args))  # fmt: skip
 
     began = time.perf_counter()
     train, test = toy_data(args.data, 200_000, args.seed).to(device), toy_data(args.data, args.samples, args.seed + 1)

@@ -126,14 +126,14 @@ def switched(switch, name):
         switch["on"] = before
 
 
-def checkpoint_blocks(transformer, switch=None):
+def checkpoint_blocks(transformer, switch):
     """Recompute each block in the backward pass, with the adapter that was on in the forward pass."""
 
     def checkpointed(block, *inputs):
-        name = switch and switch["on"]
+        name = switch["on"]
 
         def run(*inputs):
-            with switched(switch if switch is not None else {"on": None}, name):
+            with switched(switch, name):
                 return block(*inputs)
 
         return torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False)
@@ -152,7 +152,7 @@ def networks(folder, rank, checkpointing, bf16, device, keep_features=False):
         return SD3Velocity(transformer.to(device), keep)
 
     frozen_dtype = torch.bfloat16 if bf16 else torch.float32
-    switch = None
+    switch = {"on": None}
     if rank:
         shared = load(frozen_dtype, keep_features)
         switch = add_lora(shared.net, rank)
@@ -237,20 +237,28 @@ def read_json(path):
         raise InputError(f"cannot read {path} ({type(error).__name__})") from error
 
 
+def read_json_lines(path, pick, wanted):
+    """pick(object) of every line of a JSON-lines file. Raises InputError if it cannot be read, or for a line that pick cannot use: it must be `wanted`."""
+    try:
+        return [pick(json.loads(line)) for line in Path(path).read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: every line must be {wanted} ({type(error).__name__}: {error})") from error
+
+
 def read_prompts(path):
     """The prompts of a text file, one a line, or of a JSON-lines file with a "prompt" or "text" in each. Raises InputError if there are none."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-        if Path(path).suffix in (".jsonl", ".json"):
-            records = [json.loads(line) for line in lines]
-            lines = [record.get("prompt") or record["text"] for record in records]
-    except OSError as error:
-        raise InputError(f"cannot read the prompts {path}: {error.strerror}") from error
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f'{path}: every line must be {{"prompt": ...}} ({type(error).__name__}: {error})') from error
-    if not lines:
+    if Path(path).suffix in (".jsonl", ".json"):
+        prompts = read_json_lines(path, lambda record: record.get("prompt") or record["text"], '{"prompt": ...}')
+    else:
+        try:
+            prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompts {path}: {error}") from error
+    if not prompts:
         raise InputError(f"{path} holds no prompts")
-    return lines
+    return prompts
 
 
 def grammar(n=8192, seed=0):
@@ -344,7 +352,7 @@ class Embeddings:
                 self.null = {name: file.get_tensor(name).to(device) for name in file.keys()}  # [1, tokens, D], [1, P]
         except (OSError, SafetensorError) as error:
             raise InputError(f"the embeddings in {cache} are damaged ({error}); remove the folder, they are made again") from error
-        self.number, self.device = number, device
+        self.device = device
 
     def __call__(self, indices):
         rows = [(self.slices[i // SHARD], i % SHARD) for i in indices.tolist()]
@@ -396,26 +404,16 @@ def load_real(folder, size):
     """(uint8 images [N, 3, H, W], captions) of a folder; captions from metadata.jsonl {"file_name", "text"} or NAME.txt, else empty.
 
     Raises InputError, naming the file, for unreadable images and those of another size (height, width) than the run's."""
-    from PIL import Image
-
     folder = Path(folder)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not paths:
         raise InputError(f"--real {folder} holds no images (png, jpg, webp)")
     texts = {}
     if (folder / "metadata.jsonl").exists():
-        try:
-            records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines() if line.strip()]
-            texts = {record["file_name"]: record["text"] for record in records}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f'{folder}/metadata.jsonl: every line must be {{"file_name": ..., "text": ...}}') from error
+        texts = dict(read_json_lines(folder / "metadata.jsonl", lambda record: (record["file_name"], record["text"]), '{"file_name": ..., "text": ...}'))
     images, captions = [], []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"cannot read the image {path} ({error}); mend or remove it") from error
+        image = fgm.read_image(path)
         if image.size != (size[1], size[0]):
             raise InputError(f"{path} is {image.width}x{image.height}, the run makes {size[1]}x{size[0]}; resize the images, or change --height and --width")
         images.append(np.asarray(image))
@@ -439,7 +437,7 @@ def encode_images(folder, images, path, device, batch=8):
         vae, latents = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(device).eval(), []
         for i in range(0, len(images), batch):
             with torch.no_grad():
-                mean = vae.encode(images[i : i + batch].to(device).float() / 127.5 - 1).latent_dist.mean
+                mean = vae.encode(fgm.to_float(images[i : i + batch].to(device))).latent_dist.mean
             latents.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).cpu())
         save_file({"latents": torch.cat(latents)}, f"{path}.tmp", {"images": key})
         os.replace(f"{path}.tmp", path)
@@ -538,22 +536,16 @@ def geneval(pipe, metadata, target, steps, guidance, size, seed):
     """GenEval's folder layout: NNNNN/metadata.jsonl and NNNNN/samples/0000.png to 0003.png for each line of METADATA.jsonl."""
     from PIL import Image
 
-    try:
-        lines = [json.loads(line) for line in Path(metadata).read_text().splitlines() if line.strip()]
-        prompts = [line["prompt"] for line in lines]
-    except OSError as error:
-        raise InputError(f"cannot read {metadata}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{metadata}: every line must be a JSON object with a "prompt" ({type(error).__name__}: {error})') from error
-    if not prompts:
+    lines = read_json_lines(metadata, lambda record: (record, record["prompt"]), 'a JSON object with a "prompt"')
+    if not lines:
         raise InputError(f"{metadata} holds no prompts")
-    for i, (line, prompt) in enumerate(zip(lines, prompts, strict=True)):
+    for i, (line, prompt) in enumerate(lines):
         folder = fgm.open_folder(target / f"{i:05d}")
         fgm.open_folder(folder / "samples")
         (folder / "metadata.jsonl").write_text(json.dumps(line) + "\n")
         for k, image in enumerate(draw(pipe, [prompt] * 4, steps, guidance, size, seed + 4 * i)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "samples" / f"{k:04d}.png")
-    print(f"{len(prompts)} prompts, 4 images each, in {target}")
+    print(f"{len(lines)} prompts, 4 images each, in {target}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -579,12 +571,8 @@ def arguments():
     add("--width", type=int)
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/sd3", help="output folder")
-    add("--resume", action="store_true", help="go on with the run in OUT even if settings changed")
-    add("--overwrite", action="store_true", help="start again in OUT")
+    fgm.add_run_flags(add)
     add("--paper", action="store_true", help="the paper's settings on any model")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in the backward pass (default: on a GPU)")
     add("--save-every", type=int, help="steps between checkpoints")
@@ -707,7 +695,7 @@ def main():
         conditions=lambda seeds: embeddings(seeds % len(prompts)), lr=args.lr, eps=1e-6, lr_warmup=args.lr_warmup, lr_decay=round(args.lr_decay * steps),
         t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), l1_weight=args.l1_weight, weight=fgm.WEIGHTS[args.weight], loss_scale=args.loss_scale,
         extra=gan, ema_decay=args.ema, seed=args.seed, precision=args.precision, compile=args.compile, out=out, save_every=args.save_every,
-        log_every=args.log_every, picture_every=args.picture_every, picture=picture, resume="no" if args.overwrite else "any" if args.resume else "same",
+        log_every=args.log_every, picture_every=args.picture_every, picture=picture, resume=fgm.resume_mode(args),
         notes={"model": str(args.model), "lora": args.lora, "prompts": len(prompts), "guidance": args.guidance, "height": args.height, "width": args.width,
                "real": args.real, "gan": [args.gan_generator, args.gan_discriminator]})  # fmt: skip
     fgm.save_weights(generator.net, out / "generator.safetensors")
@@ -728,7 +716,7 @@ def decode(folder, latents):
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(latents.device).eval()
     with torch.no_grad():
         x = torch.cat([vae.decode(part / vae.config.scaling_factor + vae.config.shift_factor).sample for part in latents.float().split(4)])
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).cpu()
+    return fgm.to_uint8(x).cpu()
 
 
 def score(args, folder, prompts, device, dtype, size, distill_seconds, coefficients, out):

@@ -81,7 +81,7 @@ def judge(images, prompts):
         if len(found) != 1:
             raise InputError(f"the prompt {prompt!r} does not name one digit")
         wanted.append(found[0])
-    drawn = pixels(images.float() / 127.5 - 1)
+    drawn = pixels(fgm.to_float(images))
     return float((classifier().predict(drawn.numpy()) == np.array(wanted)).mean()), fgm.frechet_distance(pixels(digits()[0]), drawn)
 
 
@@ -226,7 +226,7 @@ def save_images(folder):
     images, labels, styles = digits()
     fgm.open_folder(folder)
     lines = []
-    for i, (image, label, style) in enumerate(zip((images * 127.5 + 128).clamp(0, 255).byte(), labels.tolist(), styles.tolist(), strict=True)):
+    for i, (image, label, style) in enumerate(zip(fgm.to_uint8(images), labels.tolist(), styles.tolist(), strict=True)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:04d}.png")
         lines.append(json.dumps({"file_name": f"{i:04d}.png", "text": captions(style, label)[i % 8]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
