@@ -124,6 +124,15 @@ def bare_passes(subject, precision="fp32"):
     return passes
 
 
+def pass_times(passes, number):
+    """Seconds of each of a number of passes but the first, which finds the memory as others left it."""
+    marks = [now()]
+    for _ in range(number + 1):
+        passes()
+        marks.append(now())
+    return [b - a for a, b in zip(marks[1:-1], marks[2:], strict=True)]
+
+
 def spread(values):
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
@@ -161,7 +170,9 @@ def step_rows(device, repeats, compiled, full):
                 if with_compile:
                     for net in subject[:3]:
                         net.compile()
-                found = ratio(lambda s=subject, p=precision: statistics.median(step_times(s, 3, precision=p)), passes, repeats)
+                number = max(3, round(0.5 / statistics.median(pass_times(passes, 3))))  # half a second of each, in turns
+                step = lambda s=subject, n=number, p=precision: statistics.median(step_times(s, n, precision=p))  # noqa: E731
+                found = ratio(step, lambda p=passes, n=number: statistics.median(pass_times(p, n)), repeats)
                 found["images_per_s"] = subject[4] / found["first_s"]
                 if device.type == "cuda":
                     with FlopCounterMode(display=False) as counter:

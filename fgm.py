@@ -37,6 +37,7 @@ import time
 import warnings
 import zlib
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -239,15 +240,18 @@ def setup(device=None):
     """Join the other processes if torchrun started us, and return the device of this one ("cuda" where there is one, unless told)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # the others wait while one downloads or scores
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device
 
 
+WHOLE = 10_000_000  # parameters: a network below this is gathered at once, since many small messages cost more than the memory they save
+
+
 def shard(net, blocks=(), bf16=False):
-    """Shard a network over all processes (FSDP2), block by block; with one process, leave it as it is. Copy networks before, not after.
+    """Shard a network over all processes (FSDP2), block by block if it is large; with one process, leave it as it is. Copy networks before, not after.
 
     bf16: gather weights in bfloat16; gradients are reduced in float32 and inputs left alone, so that t stays float32."""
     if world() > 1:
@@ -255,9 +259,9 @@ def shard(net, blocks=(), bf16=False):
 
         mixed = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
         policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
-        for block in blocks:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(net, mp_policy=policy)
+        large = sum(p.numel() for p in net.parameters()) >= WHOLE
+        for part in [*blocks, net] if large else [net]:
+            fully_shard(part, mp_policy=policy)
     return net
 
 
@@ -282,7 +286,7 @@ class Draws:
     def __init__(self, batch, device, *key):
         self.random = np.random.default_rng(key)
         self.generator = torch.Generator(device).manual_seed(int(self.random.integers(2**63)))
-        torch.manual_seed(int(self.random.integers(2**62)) + rank())
+        (torch.cuda if device.type == "cuda" else torch.default_generator).manual_seed(int(self.random.integers(2**62)) + rank())
         share = batch // world()
         self.batch, self.device, self.rows = batch, device, slice(rank() * share, (rank() + 1) * share)
 
@@ -884,9 +888,9 @@ def run(main):
     except (InputError, Diverged) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()  # without it a process that leaves at once can abort: gloo's threads still let go of tensors, for which they need Python
+        dist.destroy_process_group()
 
 
 def seconds_to_draw(draw, repeats):

@@ -705,8 +705,6 @@ def main():
     if fgm.rank() == 0:
         torch.cuda.empty_cache()
         score(args, folder, prompts, device, dtype, size, distill_seconds, coefficients, out)
-    if fgm.world() > 1:
-        dist.barrier()
 
 
 def decode(folder, latents):

@@ -126,21 +126,27 @@ def test_bf16_gradient_is_near_that_of_fp32_and_the_timestep_stays_float32(model
 RANKS = """
 import sys, torch, fgm, sd3
 from pathlib import Path
-model, cache, out, rank, micro = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-device = fgm.setup("cpu")
-embeddings = sd3.Embeddings(cache, 240, device)
-torch.manual_seed(0)
-teacher, flow, net = sd3.networks(model, rank, True, False, device, keep_features=True)
-gan = sd3.GAN(32, (4, 4), fgm.noise_from(torch.arange(5), (16, 4, 4), device), embeddings, (-1.0, 2.0), 0.5, 2.5)
-fgm.shard(gan.head)
-before = {name: {k: fgm.full(p.detach()).clone() for k, p in n.named_parameters()} for name, n in (("flow", flow), ("net", net), ("gan", gan))}
-generator = fgm.OneStepGenerator(net, 0.97, 0.8)
-fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), generator, flow, (16, 4, 4), steps=1, batch=8, micro_batch=micro, l1_weight=-0.4, ema_decay=None, extra=gan,
-            conditions=lambda seeds: embeddings(seeds % 240), lr=1e5, flow_lr=1e5, eps=1e6, precision="fp32", log_every=100)
-moved = {f"{name}.{k}": fgm.full(p.detach()) - before[name][k] for name, n in (("flow", flow), ("net", net), ("gan", gan)) for k, p in n.named_parameters()}
-if fgm.rank() == 0:
-    torch.save(moved, out)
-fgm.dist.is_initialized() and fgm.dist.destroy_process_group()
+fgm.WHOLE = 0  # block by block, as a large network
+
+
+def main():
+    model, cache, out, rank, micro = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+    device = fgm.setup("cpu")
+    embeddings = sd3.Embeddings(cache, 240, device)
+    torch.manual_seed(0)
+    teacher, flow, net = sd3.networks(model, rank, True, False, device, keep_features=True)
+    gan = sd3.GAN(32, (4, 4), fgm.noise_from(torch.arange(5), (16, 4, 4), device), embeddings, (-1.0, 2.0), 0.5, 2.5)
+    fgm.shard(gan.head)
+    before = {name: {k: fgm.full(p.detach()).clone() for k, p in n.named_parameters()} for name, n in (("flow", flow), ("net", net), ("gan", gan))}
+    generator = fgm.OneStepGenerator(net, 0.97, 0.8)
+    fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), generator, flow, (16, 4, 4), steps=1, batch=8, micro_batch=micro, l1_weight=-0.4, ema_decay=None, extra=gan,
+                conditions=lambda seeds: embeddings(seeds % 240), lr=1e5, flow_lr=1e5, eps=1e6, precision="fp32", log_every=100)
+    moved = {f"{name}.{k}": fgm.full(p.detach()) - before[name][k] for name, n in (("flow", flow), ("net", net), ("gan", gan)) for k, p in n.named_parameters()}
+    if fgm.rank() == 0:
+        torch.save(moved, out)
+
+
+fgm.run(main)
 """
 
 
