@@ -8,6 +8,8 @@ Every row is a ratio of two things measured in the same run, in turns; the media
 """
 
 import argparse
+import ctypes
+import itertools
 import json
 import os
 import statistics
@@ -55,12 +57,12 @@ def cifar10(device, batch=None):
     return edm(device, batch or (256 if device.type == "cuda" else 8), img_resolution=32, in_channels=3, out_channels=3, label_dim=10)
 
 
-def miniature(device, batch=48, rank=0, bf16=False, config=tiny_sd3.TRANSFORMER, size=4, tokens=272):
+def miniature(device, batch=48, rank=0, bf16=False, checkpointing=None, config=tiny_sd3.TRANSFORMER, size=4, tokens=272):
     from diffusers import SD3Transformer2DModel
 
     with tempfile.TemporaryDirectory() as folder:
         SD3Transformer2DModel(**config).save_pretrained(Path(folder) / "transformer")
-        teacher, flow, net = sd3.networks(Path(folder), rank, device.type == "cuda", bf16, device)
+        teacher, flow, net = sd3.networks(Path(folder), rank, device.type == "cuda" if checkpointing is None else checkpointing, bf16, device)
     text = {"encoder_hidden_states": (tokens, config["joint_attention_dim"]), "pooled_projections": (config["pooled_projection_dim"],)}
     null = {name: torch.randn(1, *shape, device=device) for name, shape in text.items()}
     conditions = lambda seeds: {name: torch.randn(len(seeds), *shape, device=device) for name, shape in text.items()}  # noqa: E731
@@ -77,6 +79,16 @@ SUBJECTS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Timing
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def keep_memory():
+    """Tell glibc not to hand freed memory back to the system: faulting it in again costs a sixth of a pass, at one side of a ratio and not the other."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+    except (OSError, AttributeError):
+        pass  # another C library, with other habits
 
 
 def now():
@@ -183,19 +195,37 @@ def step_rows(device, repeats, compiled, full):
                 yield row, found
 
 
-def memory_rows(device, repeats):
-    """Peak of a step over the arithmetic estimate; only a GPU counts its memory."""
-    if device.type != "cuda":
-        return
-    for rank in (0, 16):
+def peak_bytes(work, device):
+    """The most memory that work() and what it makes occupy at a time: the GPU's own count, on a CPU the allocations that the profiler sees."""
+    if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        subject = miniature(device, rank=rank, bf16=True)
-        step_times(subject, 1, precision="bf16")
-        peak = torch.cuda.max_memory_allocated() - before
-        estimate = sum(sd3.memory_estimate(tiny_sd3.TRANSFORMER | {"num_layers": 4}, rank, True, True, subject[4], 4, 4, 272, 4.0, 1, True).values())
-        yield f"peak memory / estimate: miniature SD3, {'LoRA 16' if rank else 'three networks'}", spread([peak / estimate]) | {"peak_bytes": peak}
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+def memory_rows(device, repeats):
+    """A step of two micro-batches against sd3.py's estimate, networks and optimiser included."""
+    bf16 = fgm.wants_bf16("auto", device)
+    for rank in (0, 16):
+        for checkpointing in (False, True):
+
+            def work(rank=rank, checkpointing=checkpointing):
+                subject = miniature(device, 32, rank, bf16, checkpointing)
+                step_times(subject, 1, precision="bf16" if bf16 else "fp32", micro_batch=16)
+
+            peak = peak_bytes(work, device)
+            estimate = sum(sd3.memory_estimate(tiny_sd3.TRANSFORMER, rank, checkpointing, bf16, 16, 4, 4, 272, 4.0, 1, True).values())
+            what = f"{'LoRA 16' if rank else 'three networks'}{', checkpointing' if checkpointing else ''}"
+            yield f"peak memory / estimate: miniature SD3, {what}", spread([peak / estimate]) | {"peak_bytes": peak, "estimate_bytes": estimate}
 
 
 def sampling_rows(device, repeats):
@@ -273,6 +303,7 @@ def main():
     args = parser.parse_args()
     fgm.check_settings(repeats=args.repeats)
     device, rows = fgm.setup(args.device), {}
+    keep_memory()
     sd3.quiet()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {args.repeats} repeats\n{'':72}{'median':>9}{'range':>18}{'seconds':>22}")

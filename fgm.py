@@ -81,8 +81,10 @@ def interpolate(x0, noise, t):
         raise InputError(f"x0 and noise must have the same shape, got {list(x0.shape)} and {list(noise.shape)}")
     if t.shape != x0.shape[:1]:
         raise InputError(f"t must have shape [{len(x0)}], one value a sample, got {list(t.shape)}")
-    if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():
-        raise InputError(f"t must lie in [0, 1], got values from {t.min():g} to {t.max():g}")
+    if t.device.type == "cpu":
+        least, most = t.aminmax()
+        if not (least >= 0 and most <= 1):
+            raise InputError(f"t must lie in [0, 1], got values from {least:g} to {most:g}")
     t = per_sample(t, x0)
     return (1 - t) * x0 + t * noise
 

@@ -169,27 +169,33 @@ def networks(folder, rank, checkpointing, bf16, device, keep_features=False):
 
 
 def memory_estimate(config, rank, checkpointing, bf16, micro_batch, height, width, text_tokens, guidance, processes, ema):
-    """Bytes a process needs at the peak of a step, by arithmetic: {what: bytes}."""
+    """Bytes a process needs at the peak of a step, by arithmetic: {what: bytes}.
+
+    The peak is the start of the generator's backward pass, when the graphs of generator, flow and teacher live together (beside the gradients, where
+    they are accumulated). What a transformer block keeps for its backward pass, in numbers of its width d a token: normed inputs, q k v, attention, 4 d
+    twice in the feed-forward part, ...: 21 with weights in training, 17 with adapters, 10 frozen, when neither the inputs of linear layers nor what
+    multiplies the modulation are needed; autocast's float32 norms add the 2 to 4. 8 more are in use inside a block's backward pass."""
     from diffusers import SD3Transformer2DModel
 
     with torch.device("meta"):
         net = SD3Transformer2DModel.from_config(config)
-        weights = sum(p.numel() for p in net.parameters())
+        weights = trained = sum(p.numel() for p in net.parameters())
         if rank:
             add_lora(net, rank, ("flow",))
             trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        else:
-            trained = weights
-    frozen_bytes = 2 if bf16 else 4
-    state = weights * frozen_bytes + 2 * trained * 16 + (4 * trained if ema else 0)  # weight, gradient and two moments of two networks; EMA
+    number = 2 if bf16 else 4  # bytes of an activation, and of a frozen weight
+    state = weights * number + 2 * trained * 12 + trained * (8 if ema else 4)  # weight and two moments of flow and generator; gradients of one of them, EMA
     d = config["num_attention_heads"] * config["attention_head_dim"]
     tokens = height * width // config["patch_size"] ** 2 + text_tokens
-    sample = tokens * d * (2 if bf16 else 4)  # the hidden states between two blocks
-    passes = 2 + (2 if guidance != 1 else 1)  # generator, flow and teacher, whose graphs live together
-    inside = 34 * sample  # what one block keeps for its backward pass
-    kept = passes * config["num_layers"] * (sample if checkpointing else inside) + (2 * inside if checkpointing else 0)
-    unsharded = 2 * weights / config["num_layers"] * frozen_bytes if processes > 1 else 0
-    return {"weights, gradients, Adam, EMA": state / processes, "one unsharded block": unsharded, "activations": kept * micro_batch}
+    in_training, frozen = (17 if rank else 21) + bf16 * (2 if rank else 4), 10 + bf16 * 2
+    teachers = 2 if guidance != 1 else 1  # samples that the teacher sees for one of ours
+    at_work = max(in_training + 8, teachers * (frozen + 8)) if checkpointing else teachers * 8
+    between = 2 + teachers if checkpointing else in_training + (1 + teachers) * frozen
+    blocks = config["num_layers"] * tokens - text_tokens // 2  # the last block only reads the text
+    copies = 2 * weights * (1 if checkpointing else 2) if bf16 and not rank and processes == 1 else 0
+    unsharded = 2 * weights / config["num_layers"] * number if processes > 1 else 0
+    return {"weights, gradients, Adam, EMA": state / processes, "bf16 copies of weights": copies, "unsharded blocks": unsharded,
+            "activations": (blocks * between + tokens * at_work) * d * number * micro_batch}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------

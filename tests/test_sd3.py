@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bench
 import fgm
 import sd3
 import tiny_sd3
@@ -383,15 +384,26 @@ def test_lora_run_resumes_and_writes_its_file(model, tmp_path):
     assert done.returncode == 0 and (tmp_path / "generator.safetensors").read_bytes() == before
 
 
-def test_memory_estimate_counts_the_state(model):
+@pytest.mark.parametrize("rank, checkpointing", [(0, False), (0, True), (16, True)])
+def test_memory_estimate_against_the_allocator(model, rank, checkpointing):
     config = json.loads((model / "transformer" / "config.json").read_text())
-    net = sd3.networks(model, 0, False, False, CPU)[0]
-    weights = sum(p.numel() for p in net.parameters())
-    parts = sd3.memory_estimate(config, None, True, False, 2, 4, 4, 272, 4.0, 1, True)
-    assert parts["weights, gradients, Adam, EMA"] == weights * (4 + 16 + 16 + 4)
+
+    def work():
+        subject = bench.miniature(CPU, 16, rank, False, checkpointing, config)
+        bench.step_times(subject, 1, micro_batch=8)
+
+    estimate = sum(sd3.memory_estimate(config, rank, checkpointing, False, 8, 4, 4, 272, 4.0, 1, True).values())
+    assert bench.peak_bytes(work, CPU) == pytest.approx(estimate, rel=0.1)
+
+
+def test_memory_estimate_counts_the_state():
     medium = dict(sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
                   caption_projection_dim=1536, pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192)  # fmt: skip
-    whole, lora = (sd3.memory_estimate(medium, rank, True, True, 1, 128, 128, 333, 4.0, 1, True)["weights, gradients, Adam, EMA"] for rank in (None, 64))
-    assert whole == pytest.approx(77.1e9, rel=0.005) and lora == pytest.approx(7.07e9, rel=0.005)  # 2.03 billion weights times 38 bytes; 2 bytes and adapters
-
-
+    state = "weights, gradients, Adam, EMA"
+    one, two = (sd3.memory_estimate(medium, None, True, True, 1, 128, 128, 333, 4.0, processes, True)[state] for processes in (1, 2))
+    weights = 2_028_328_000  # as published: 2.03 billion
+    assert one == pytest.approx(weights * (2 + 2 * 12 + 4 + 4), rel=0.001) and two == one / 2
+    lora = sd3.memory_estimate(medium, 64, True, True, 1, 128, 128, 333, 4.0, 1, False)[state]
+    block = 64 * 1536 * (2 * 4 * 2 + 2 * 2 * 5)  # eight square layers, two feed-forward parts of two layers with 1 and 4 times the width
+    missing = 64 * 1536 * (2 + 2 * 5)  # the last block's text stream ends with its attention
+    assert lora == pytest.approx(weights * 2 + (24 * block - missing) * (2 * 12 + 4), rel=0.001)
