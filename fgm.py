@@ -599,6 +599,14 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.0
     return net, seconds
 
 
+def gradient_at_x0(k, teacher, flow, x0, noise, t, bf16, weight, cond):
+    """For the log: root mean square over samples of the norm of dL1/dx0 (k = 0) or dL2/dx0 (k = 1), by passes of its own, which torch.compile needs."""
+    leaf = x0.detach().requires_grad_()
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
+        loss = fgm_losses(teacher, flow, leaf, noise, t, weight=weight, **cond)[k]
+    return torch.autograd.grad(loss.sum(), leaf)[0].norm() / len(x0) ** 0.5
+
+
 def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, conditions=None,
             lr=2e-5, flow_lr=None, betas=(0.0, 0.999), eps=1e-8, lr_warmup=0, lr_decay=0, clip=None,
             t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), l1_weight=0.0, weight=None, loss_scale=1.0, flow_updates=1, extra=None,
@@ -669,11 +677,10 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                     loss = l2 + l1_weight * l1 if l1_weight else l2
                     if extra is not None:
                         loss = loss + extra.generator_loss(flow, x0, seeds[rows], cond)
-                if logging and rows is slices[-1]:
-                    at_x0 = [torch.autograd.grad(term.sum(), x0, retain_graph=True)[0].norm() / len(x0) ** 0.5 for term in (l1, l2)]
                 (loss_scale * loss.mean() / len(slices)).backward()
                 l1_total = l1_total + l1.detach().mean() / len(slices)
                 l2_total = l2_total + l2.detach().mean() / len(slices)
+            at_x0 = [gradient_at_x0(k, teacher, flow, x0, noise[rows], t[rows], bf16, weight, cond) for k in range(2)] if logging else []
             generator_norm = learners["generator"].update(scale)
 
         log.add(step, flow_loss=flow_total, flow_gradient=flow_norm, l1=l1_total, l2=l2_total, generator_gradient=generator_norm)

@@ -172,9 +172,9 @@ def test_a_step_makes_no_needless_pass(model, embeddings):
     passes = []
     for name, velocity in (("teacher", teacher), ("flow", flow), ("generator", net)):
         velocity.register_forward_pre_hook(lambda module, inputs, name=name: passes.append((name, len(inputs[0]))))
-    fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8), flow, (16, 4, 4), steps=1, batch=2,
-                conditions=lambda seeds: embeddings(seeds % 240), log_every=1)  # fmt: skip
-    assert sorted(passes) == [("flow", 2), ("flow", 2), ("generator", 2), ("generator", 2), ("teacher", 4)]
+    fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8), flow, (16, 4, 4), steps=2, batch=2,
+                conditions=lambda seeds: embeddings(seeds % 240))  # fmt: skip
+    assert sorted(passes[:5]) == sorted(passes[5:10]) == [("flow", 2), ("flow", 2), ("generator", 2), ("generator", 2), ("teacher", 4)]
 
 
 # The GAN
