@@ -7,7 +7,6 @@
 Every row is a ratio of two things measured in the same run, in turns; the median of the repeats and their range are printed.
 """
 
-import argparse
 import ctypes
 import itertools
 import json
@@ -293,15 +292,14 @@ def running_rows(device, repeats):
 
 
 def main():
-    parser = fgm.Parser(prog="bench.py", description="Measure what the project's code costs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = fgm.Parser(prog="bench.py", description="Measure what the project's code costs.")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts alone")
+    parser.add_argument("--repeats", type=fgm.COUNT, default=5, help="of each ratio")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--full", action="store_true", help="also the EDM U-Net at CIFAR-10 size on a CPU")
-    parser.add_argument("--device")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--json", metavar="FILE", help="write the table there too")
     args = parser.parse_args()
-    fgm.check_settings(repeats=args.repeats)
     device, rows = fgm.setup(args.device), {}
     keep_memory()
     sd3.quiet()

@@ -501,77 +501,61 @@ def fid(real, fake, weights, device):
 
 # The paper's settings (section 5.1, B.1) and EDM's network, for CIFAR-10 and other images of that size. The paper does not say where its CIFAR-10 generator
 # starts: t_star = c_in = c_skip = c_out = 2.5 / 3.5, SiD's start (arXiv 2404.04057) in our terms, was the best on digits.
-PAPER = dict(model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attention=[16], dropout=0.13, flip=True,
-             batch=512, teacher_kimg=20_000, teacher_lr=2e-5, kimg=20_000, lr=2e-5, flow_lr=2e-5, ema=0.999, teacher_ema=0.999, lr_decay=0.0,
-             t_star=0.714, c_in=0.714, c_skip=0.714, l1_weight=0.0, weight="none", flow_updates=1, t_flow=(0.0, 2.0), t_generator=(0.0, 2.0), samples=50_000)  # fmt: skip
+PAPER = dict(model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attention=[16], dropout=0.13, flip=True, teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999,
+             batch=512, kimg=20_000, lr=2e-5, flow_lr=2e-5, lr_warmup=100, lr_decay=0.0, ema=0.999, t_star=0.714, c_in=0.714, c_skip=0.714, l1_weight=0.0,
+             weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1, samples=50_000, save_every=500, log_every=50,
+             picture_every=500)  # fmt: skip
 # Measured on scikit-learn's digits, on a laptop's budget.
-DIGITS = PAPER | dict(model_channels=32, channel_mult=[1, 2], num_blocks=1, attention=[4], dropout=0.0, flip=False,
-                      batch=128, teacher_kimg=192, teacher_lr=2e-3, kimg=192, lr=2e-4, flow_lr=4e-4, ema=0.995, lr_decay=0.6,
-                      weight="sid", l1_weight=-0.4, samples=10_000)  # fmt: skip
+DIGITS = PAPER | dict(model_channels=32, channel_mult=[1, 2], num_blocks=1, attention=[4], dropout=0.0, flip=False, teacher_kimg=192, teacher_lr=2e-3,
+                      batch=128, kimg=192, lr=2e-4, flow_lr=4e-4, lr_decay=0.6, ema=0.995, weight="sid", l1_weight=-0.4, samples=10_000)  # fmt: skip
 DIGITS_UNCONDITIONAL = DIGITS | dict(kimg=256)
+
+
+def defaults(given):
+    """The settings for the data that the command line names."""
+    if given.data != "digits" or given.paper:
+        return PAPER
+    return DIGITS if given.cond else DIGITS_UNCONDITIONAL
 
 
 def arguments():
     parser = fgm.Parser(prog="cifar.py", description="Train, distil, sample and score a one-step image generator (FGM, arXiv 2410.19310).",
-                        epilog="Defaults, cifar10 and folders | digits, are the paper's | measured ones: "
-                        + "; ".join(f"{k} {v} | {DIGITS[k]}" for k, v in PAPER.items()))  # fmt: skip
+                        epilog="The defaults shown are the paper's; add --data digits to see those of the digits.")  # fmt: skip
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="cifar10", help="cifar10 (default), digits, or a folder with one sub-folder a class")
-    add("--resolution", type=int, help="crop and resize the images of a folder to this size")
+    add("--data", default="cifar10", help="cifar10, digits, or a folder with one sub-folder a class")
+    add("--resolution", type=fgm.COUNT, help="crop and resize the images of a folder to this size")
     add("--cond", action="store_true", help="class-conditional networks (table 2 of the paper)")
     add("--flip", action=argparse.BooleanOptionalAction, help="horizontal flips when the teacher trains")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="output folder (default: runs/DATA, with -cond if conditional)")
     fgm.add_run_flags(add)
+    add("--picture-every", type=fgm.COUNT, metavar="STEPS", help="distillation steps between pictures")
     add("--paper", action="store_true", help="the paper's settings on any data")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks (default: on a GPU)")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
-    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--picture-every", type=int, default=500, help="distillation steps between pictures")
     add = parser.add_argument_group("teacher and network (EDM, arXiv 2206.00364; section 5.1)").add_argument
     add("--teacher", help="a network file of ours, or a published EDM pickle, instead of training one")
-    add("--model-channels", type=int)
-    add("--channel-mult", type=int, nargs="+")
-    add("--num-blocks", type=int)
+    add("--model-channels", type=fgm.COUNT, help="width of the first level")
+    add("--channel-mult", type=fgm.COUNT, nargs="+", help="widths of the levels as multiples of that")
+    add("--num-blocks", type=fgm.COUNT, help="residual blocks a level")
     add("--attention", type=int, nargs="*", help="resolutions with attention")
     add("--dropout", type=float, help="when the teacher trains")
-    add("--teacher-kimg", type=float, help="thousand images to train the teacher on")
-    add("--teacher-lr", type=float)
-    add("--teacher-ema", type=float)
+    add("--teacher-kimg", type=fgm.AMOUNT, help="thousand images to train the teacher on")
+    add("--teacher-lr", type=fgm.AMOUNT, help="of the teacher")
+    add("--teacher-ema", type=float, metavar="DECAY", help="of the teacher's moving average")
     add = parser.add_argument_group("distillation (Algorithm 1; section 5.1, B.1)").add_argument
-    add("--batch", type=int, help="global: micro-batch x accumulation x processes")
-    add("--micro-batch", type=int, help="images a process handles at a time (default: its share of the batch)")
-    add("--kimg", type=float, help="thousand images to distil with")
-    add("--lr", type=float, help="of the generator")
-    add("--flow-lr", type=float, help="of the online flow")
-    add("--lr-decay", type=float, help="last share of each phase over which the learning rates fall to 0")
-    add("--ema", type=float, help="decay of the generator's moving average")
-    add("--t-star", type=float, help="t* of the generator (B.1)")
-    add("--c-in", type=float, help="c_in of the generator (B.1)")
+    add("--kimg", type=fgm.AMOUNT, help="thousand images to distil with")
+    fgm.add_distillation_flags(add)
     add("--c-skip", type=float, help="c_skip of the generator (B.1); c_out is t*")
-    add("--l1-weight", type=float, help="1: exact gradient (4.10); 0: the paper's practice; -0.4: SiD's alpha 1.2")
-    add("--weight", choices=fgm.WEIGHTS, help="per-sample weight of the FGM loss; sid: arXiv 2404.04057, eq 24")
-    add("--t-generator", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the FGM loss")
-    add("--t-flow", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the flow's and the teacher's loss")
-    add("--flow-updates", type=int, help="of the online flow for each of the generator")
     add = parser.add_argument_group("scores").add_argument
-    add("--samples", type=int, help="images that each score is measured on")
+    add("--samples", type=fgm.COUNT, help="images that each score is measured on")
     add("--fid", action="store_true", help="Inception FID by torch-fidelity against the training images; under 50,000 samples it is labelled fid-5k, ...")
     add("--inception-weights", metavar="FILE", help="for --fid without a download")
     add = parser.add_argument_group("drawing samples from a finished run").add_argument
-    add("--sample", type=int, metavar="N", help="draw N images from the run in OUT, or from --generator FILE")
+    add("--sample", type=fgm.COUNT, metavar="N", help="draw N images from the run in OUT, or from --generator FILE")
     add("--generator", metavar="FILE", help="a generator.safetensors, which is all that sampling needs")
-    add("--steps", type=int, metavar="K", help="draw from the teacher with K Euler steps instead")
+    add("--steps", type=fgm.COUNT, metavar="K", help="draw from the teacher with K Euler steps instead")
     add("--classes", type=int, nargs="+", help="draw these classes in turn")
     add("--npz", action="store_true", help="also write the images as a uint8 array")
-    known, _ = parser.parse_known_args()
-    digits = DIGITS if known.cond else DIGITS_UNCONDITIONAL
-    parser.set_defaults(**(digits if known.data == "digits" and not known.paper else PAPER))
-    args = parser.parse_args()
-    fgm.check_settings(**{name: getattr(args, name) for name in (
-        "resolution", "model_channels", "num_blocks", "teacher_kimg", "teacher_lr", "batch", "micro_batch", "kimg", "lr", "flow_lr", "flow_updates",
-        "samples", "sample", "steps", "save_every", "log_every", "picture_every")})  # fmt: skip
-    return args
+    return parser.parse_with(defaults)
 
 
 def draw_from_files(args, device):
@@ -632,7 +616,6 @@ def main():
     for one in (teacher, flow, net):
         fgm.shard(one, [block for block in one.modules() if isinstance(block, Block)])
     steps = {phase: math.ceil(kimg * 1000 / args.batch) for phase, kimg in (("teacher", args.teacher_kimg), ("distill", args.kimg))}
-    compiled = device.type == "cuda" if args.compile is None else args.compile
     pixels, labels = images.pixels.to(device), images.labels.to(device)
 
     def one_hot(index):
@@ -645,14 +628,12 @@ def main():
             x = torch.where(fgm.per_sample((seeds // n % 2).to(device) == 1, x), x.flip(3), x)
         return x, one_hot(index)
 
-    shared = dict(batch=args.batch, micro_batch=args.micro_batch, t_flow=tuple(args.t_flow), seed=args.seed, precision=args.precision, compile=compiled, out=out,
-                  save_every=args.save_every, log_every=args.log_every, resume=fgm.resume_mode(args),
-                  notes={"data": args.data, "network": network, "teacher": args.teacher})  # fmt: skip
+    notes = {"data": args.data, "network": network, "teacher": args.teacher}
     teacher_seconds = 0.0
     if not args.teacher:
         teacher, teacher_seconds = fgm.train_flow(
-            teacher.train(), data, steps=steps["teacher"], lr=args.teacher_lr, betas=(0.9, 0.999), lr_warmup=100,
-            lr_decay=round(args.lr_decay * steps["teacher"]), ema_decay=args.teacher_ema, **shared)  # fmt: skip
+            teacher.train(), data, steps=steps["teacher"], lr=args.teacher_lr, betas=(0.9, 0.999), lr_decay=round(args.lr_decay * steps["teacher"]),
+            ema_decay=args.teacher_ema, notes=notes, **fgm.run_settings(args, out))  # fmt: skip
     about = {"network": network, "data": args.data, "classes": images.classes}
     fgm.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(about)})
     for one in (net, flow, teacher.eval()):
@@ -667,9 +648,8 @@ def main():
             fgm.save_grid(out / f"distill-{step:07d}.png", grid)
 
     generator, distill_seconds = fgm.distill(
-        teacher, generator, flow, shape, steps=steps["distill"], conditions=lambda seeds: one_hot((seeds % n).to(device)), lr=args.lr, flow_lr=args.flow_lr,
-        lr_warmup=100, lr_decay=round(args.lr_decay * steps["distill"]), t_generator=tuple(args.t_generator), l1_weight=args.l1_weight,
-        weight=fgm.WEIGHTS[args.weight], flow_updates=args.flow_updates, ema_decay=args.ema, picture=picture, picture_every=args.picture_every, **shared)  # fmt: skip
+        teacher, generator, flow, shape, conditions=lambda seeds: one_hot((seeds % n).to(device)), picture=picture, picture_every=args.picture_every,
+        notes=notes, **fgm.distillation_settings(args, steps["distill"], out))  # fmt: skip
     fgm.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(about | {"generator": generator.coefficients()})})
     score(args, device, images, judge, teacher, generator, about, {"teacher": teacher_seconds, "distillation": distill_seconds}, out)
 

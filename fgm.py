@@ -286,7 +286,7 @@ class Draws:
     the whole batch and keeps its own rows. torch's default generators (dropout) are seeded too, differently on each process."""
 
     def __init__(self, batch, device, *key):
-        self.random = np.random.default_rng(key)
+        device, self.random = torch.device(device), np.random.default_rng(key)
         self.generator = torch.Generator(device).manual_seed(int(self.random.integers(2**63)))
         (torch.cuda if device.type == "cuda" else torch.default_generator).manual_seed(int(self.random.integers(2**62)) + rank())
         share = batch // world()
@@ -824,25 +824,90 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.nargs == 0  # no default, or a switch
+        return action.help if silent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """One line on stderr and exit status 2 for a bad command line."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=Help, **settings)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
+    def parse_with(self, choose):
+        """The command line, with the defaults choose(what was given) -> dict, which --help shows too."""
+        known, _ = self.parse_known_args([argument for argument in sys.argv[1:] if argument not in ("-h", "--help")])
+        self.set_defaults(**choose(known))
+        return self.parse_args()
+
+
+def positive(number):
+    """An argparse type: a finite int or float above 0."""
+
+    def parse(text):
+        value = number(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+        return value
+
+    parse.__name__ = number.__name__
+    return parse
+
+
+COUNT, AMOUNT = positive(int), positive(float)
+
 
 def add_run_flags(add):
-    """The flags that mean the same in every driver; add: a parser's or group's add_argument."""
+    """The flags of a run; add: a parser's or group's add_argument. See also run_settings."""
     add("--resume", action="store_true", help="go on with the run in OUT even if settings changed")
     add("--overwrite", action="store_true", help="start again in OUT")
-    add("--seed", type=int, default=0)
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    add("--seed", type=int, default=0, help="of weights and all random draws")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the passes; auto is bf16 on a GPU that has it")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--save-every", type=COUNT, metavar="STEPS", help="steps between checkpoints")
+    add("--log-every", type=COUNT, metavar="STEPS", help="steps between lines of log.jsonl")
 
 
-def resume_mode(args):
-    """What load_checkpoint is told: "no", "any" or "same"."""
-    return "no" if args.overwrite else "any" if args.resume else "same"
+def add_distillation_flags(add):
+    """The flags of Algorithm 1, whose defaults differ from driver to driver. See also distillation_settings."""
+    add("--batch", type=COUNT, help="global batch: micro-batch x accumulation x processes")
+    add("--micro-batch", type=COUNT, help="samples that a process handles at a time (default: its share of the batch)")
+    add("--lr", type=AMOUNT, help="of the generator")
+    add("--flow-lr", type=AMOUNT, help="of the online flow")
+    add("--lr-warmup", type=int, metavar="STEPS", help="over which the learning rates rise")
+    add("--lr-decay", type=float, metavar="SHARE", help="last share of each phase over which the learning rates fall to 0 (default: %(default).3g)")
+    add("--ema", type=float, metavar="DECAY", help="of the generator's moving average")
+    add("--no-ema", action="store_const", const=None, dest="ema", help="use the last weights instead")
+    add("--t-star", type=float, help="t* of the generator (B.1)")
+    add("--c-in", type=float, help="c_in of the generator (B.1)")
+    add("--l1-weight", type=float, help="1: exact gradient (4.10); 0: the paper's practice on images; -0.4: SiD's alpha 1.2")
+    add("--weight", choices=WEIGHTS, help="per-sample weight of the FGM loss; sid: arXiv 2404.04057, eq 24")
+    add("--t-generator", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the FGM loss")
+    add("--t-flow", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the flow's loss")
+    add("--loss-scale", type=AMOUNT, help="of the generator's loss")
+    add("--flow-updates", type=COUNT, help="of the online flow for each of the generator")
+
+
+def run_settings(args, out):
+    """What the flags above mean to train_flow and distill alike."""
+    resume = "no" if args.overwrite else "any" if args.resume else "same"
+    return dict(batch=args.batch, micro_batch=args.micro_batch, lr_warmup=args.lr_warmup, t_flow=tuple(args.t_flow), seed=args.seed, precision=args.precision,
+                compile=args.compile, out=out, resume=resume, save_every=args.save_every, log_every=args.log_every)  # fmt: skip
+
+
+def distillation_settings(args, steps, out):
+    """What the flags above mean to distill."""
+    return run_settings(args, out) | dict(steps=steps, lr=args.lr, flow_lr=args.flow_lr, lr_decay=round(args.lr_decay * steps), ema_decay=args.ema,
+                                          t_generator=tuple(args.t_generator), l1_weight=args.l1_weight, weight=WEIGHTS[args.weight],
+                                          loss_scale=args.loss_scale, flow_updates=args.flow_updates)  # fmt: skip
 
 
 def open_folder(path):
@@ -914,40 +979,34 @@ def seconds_to_draw(draw, repeats):
     return sorted(spent)[repeats // 2]
 
 
+# Swept on the five data sets, for a minute on a laptop.
+TOY = dict(teacher_steps=3000, teacher_lr=2e-3, steps=3000, batch=1024, lr=2e-3, flow_lr=4e-3, lr_warmup=100, lr_decay=2 / 3, ema=0.99, t_star=0.8, c_in=1.0,
+           l1_weight=1.0, weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1, samples=50_000, save_every=1000,
+           log_every=100)  # fmt: skip
+
+
+def arguments():
+    parser = Parser(prog="fgm.py", description="Distil a 2-D flow model into a one-step generator (FGM, arXiv 2410.19310).")
+    add = parser.add_argument
+    add("--data", default="8gaussians", choices=DATA, help="what the teacher learns")
+    add("--out", help="output folder (default: runs/DATA)")
+    add("--teacher-steps", type=COUNT, help="training steps of the teacher")
+    add("--teacher-lr", type=AMOUNT, help="of the teacher")
+    add("--steps", type=COUNT, help="distillation steps")
+    add("--samples", type=COUNT, help="samples that each distance is measured on")
+    add_distillation_flags(parser.add_argument_group("distillation (Algorithm 1)").add_argument)
+    add_run_flags(parser.add_argument_group("run").add_argument)
+    return parser.parse_with(lambda known: TOY)
+
+
 def main():
-    parser = Parser(prog="fgm.py", description="Distil a 2-D flow model into a one-step generator (FGM, arXiv 2410.19310).",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.add_argument("--data", default="8gaussians", choices=DATA)
-    parser.add_argument("--out", help="output folder (default: runs/DATA)")
-    add_run_flags(parser.add_argument)
-    parser.add_argument("--teacher-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=3000, help="distillation steps")
-    parser.add_argument("--batch", type=int, default=1024, help="global batch: micro-batch x accumulation x processes")
-    parser.add_argument("--micro-batch", type=int, help="samples a process handles at a time (default: its share of the batch)")
-    parser.add_argument("--teacher-lr", type=float, default=2e-3)
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the generator")
-    parser.add_argument("--flow-lr", type=float, default=4e-3, help="of the online flow")
-    parser.add_argument("--ema", type=float, default=0.99, help="decay of the generator's moving average")
-    parser.add_argument("--t-star", type=float, default=0.8, help="t* of the generator (B.1)")
-    parser.add_argument("--c-in", type=float, default=1.0, help="c_in of the generator (B.1)")
-    parser.add_argument("--l1-weight", type=float, default=1.0, help="1: exact gradient (4.10); 0: the paper's practice on images")
-    parser.add_argument("--t-generator", type=float, nargs=2, default=(0.0, 2.0), metavar=("MEAN", "STD"), help="logit-normal of t in the FGM loss")
-    parser.add_argument("--t-flow", type=float, nargs=2, default=(0.0, 2.0), metavar=("MEAN", "STD"), help="logit-normal of t in the flow's loss")
-    parser.add_argument("--flow-updates", type=int, default=1, help="of the online flow for each of the generator")
-    parser.add_argument("--samples", type=int, default=50_000, help="samples that each distance is measured on")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    parser.add_argument("--log-every", type=int, default=100, help="steps between lines of log.jsonl")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    args = parser.parse_args()
-    check_settings(samples=args.samples, lr=args.lr, flow_lr=args.flow_lr, teacher_lr=args.teacher_lr, steps=args.steps,
-                   teacher_steps=args.teacher_steps, batch=args.batch, micro_batch=args.micro_batch)  # fmt: skip
+    args = arguments()
     device = setup(args.device)
     torch.manual_seed(args.seed)
     generator = OneStepGenerator(VelocityMLP().to(device), args.t_star, args.c_in)
+    micro_batches(args.batch, args.micro_batch)
     out = open_folder(args.out or f"runs/{args.data}")
-    shared = dict(batch=args.batch, micro_batch=args.micro_batch, lr_warmup=100, t_flow=tuple(args.t_flow), seed=args.seed, precision=args.precision,
-                  compile=args.compile, out=out, save_every=args.save_every, log_every=args.log_every, notes={"data": args.data},
-                  resume=resume_mode(args))  # fmt: skip
+    notes = {"data": args.data}
 
     began = time.perf_counter()
     train, test = toy_data(args.data, 200_000, args.seed).to(device), toy_data(args.data, args.samples, args.seed + 1)
@@ -957,12 +1016,10 @@ def main():
         shard(network)
     teacher, teacher_seconds = train_flow(
         teacher, lambda seeds: (train[(seeds % len(train)).to(device)], {}), steps=args.teacher_steps, lr=args.teacher_lr, betas=(0.9, 0.999),
-        lr_decay=args.teacher_steps * 2 // 3, **shared)  # fmt: skip
+        lr_decay=round(args.lr_decay * args.teacher_steps), notes=notes, **run_settings(args, out))  # fmt: skip
     net.load_state_dict(teacher.state_dict())
     flow.load_state_dict(teacher.state_dict())
-    generator, distill_seconds = distill(
-        teacher, generator, flow, (2,), steps=args.steps, lr=args.lr, flow_lr=args.flow_lr, t_generator=tuple(args.t_generator),
-        l1_weight=args.l1_weight, flow_updates=args.flow_updates, ema_decay=args.ema, lr_decay=args.steps * 2 // 3, **shared)  # fmt: skip
+    generator, distill_seconds = distill(teacher, generator, flow, (2,), notes=notes, **distillation_settings(args, args.steps, out))
     save_weights(teacher, out / "teacher.safetensors")
     save_weights(generator.net, out / "generator.safetensors")
 

@@ -52,6 +52,7 @@ class SD3Velocity(nn.Module):
         if keep_features:
             transformer.transformer_blocks[FEATURE_BLOCK].register_forward_hook(self.keep)
 
+    @torch.compiler.disable  # inside a compiled graph the old features would be one of its inputs, with the graph that they came from
     def keep(self, block, inputs, output):
         self.features = output[1]
 
@@ -559,66 +560,45 @@ def geneval(pipe, metadata, target, steps, guidance, size, seed):
 # ----------------------------------------------------------------------------------------------------------------------
 
 # The paper's settings (section 5.2, B.2); it gives no length, EMA decay or warm-up: those are ours.
-PAPER = dict(height=1024, width=1024, batch=192, kimg=1920, lr=5e-6, lr_warmup=0, lr_decay=0.0, ema=0.999, l1_weight=0.0, weight="none",
-             t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), guidance=4.0, samples=8, save_every=250, picture_every=250)  # fmt: skip
+PAPER = dict(height=1024, width=1024, guidance=4.0, batch=192, kimg=1920, lr=5e-6, flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, ema=0.999, t_star=0.97, c_in=0.8,
+             l1_weight=0.0, weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0, flow_updates=1, samples=8, save_every=250, log_every=10,
+             picture_every=250)  # fmt: skip
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
-TINY = PAPER | dict(height=32, width=32, batch=24, kimg=4.8, lr=2e-3, lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=1.0, t_generator=(0.0, 2.0), samples=500,
-                    save_every=100, picture_every=100)  # fmt: skip
+TINY = PAPER | dict(height=32, width=32, batch=24, kimg=4.8, lr=2e-3, flow_lr=2e-3, lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=1.0, t_generator=(0.0, 2.0),
+                    samples=500, save_every=100, picture_every=100)  # fmt: skip
 
 
 def arguments():
     parser = fgm.Parser(prog="sd3.py", description="Distil Stable Diffusion 3 into a one-step pipeline (FGM, arXiv 2410.19310).",
-                        epilog="Defaults, SD3 | miniature: " + "; ".join(f"{k} {v} | {TINY[k]}" for k, v in PAPER.items()))  # fmt: skip
+                        epilog="The defaults shown are for SD3; name a folder of tiny_sd3.py with --model to see the miniature's.")  # fmt: skip
     add = parser.add_argument_group("model and prompts").add_argument
     add("--model", default="stabilityai/stable-diffusion-3-medium-diffusers", help="hub id, or folder of a StableDiffusion3Pipeline")
     add("--prompts", metavar="FILE", help="txt or jsonl, one prompt a line (default: the model's own prompts.txt, or a built-in grammar)")
     add("--embeddings", metavar="DIR", help="cache of encoded prompts (default: OUT/embeddings)")
-    add("--height", type=int)
-    add("--width", type=int)
+    add("--height", type=fgm.COUNT, help="of the images, in pixels")
+    add("--width", type=fgm.COUNT, help="of the images, in pixels")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/sd3", help="output folder")
     fgm.add_run_flags(add)
+    add("--picture-every", type=fgm.COUNT, metavar="STEPS", help="distillation steps between pictures")
     add("--paper", action="store_true", help="the paper's settings on any model")
-    add("--compile", action="store_true", help="torch.compile the networks")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in the backward pass (default: on a GPU)")
-    add("--save-every", type=int, help="steps between checkpoints")
-    add("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
-    add("--picture-every", type=int, help="steps between pictures")
-    add = parser.add_argument_group("distillation (Algorithm 1; section 5.2, B.2)").add_argument
-    add("--lora", type=int, metavar="RANK", help="one base and two LoRA adapters instead of three networks")
-    add("--batch", type=int, help="global: micro-batch x accumulation x processes")
-    add("--micro-batch", type=int, help="images a process handles at a time (default: 4 on a GPU, its share of the batch elsewhere)")
-    add("--kimg", type=float, help="thousand images to distil with")
-    add("--lr", type=float)
-    add("--lr-warmup", type=int)
-    add("--lr-decay", type=float, help="last share of the run over which the learning rates fall to 0")
+    add = parser.add_argument_group("distillation (Algorithm 1; section 5.2, B.2; on a GPU the micro-batch is 4 unless told)").add_argument
+    add("--lora", type=fgm.COUNT, metavar="RANK", help="one base and two LoRA adapters instead of three networks")
     add("--guidance", type=float, help="classifier-free guidance of the teacher")
-    add("--ema", type=float, help="decay of the generator's moving average")
-    add("--no-ema", action="store_const", const=None, dest="ema", help="export the last weights")
-    add("--t-star", type=float, default=0.97, help="t* of the generator (B.1)")
-    add("--c-in", type=float, default=0.8, help="c_in of the generator (B.1)")
-    add("--l1-weight", type=float, help="1: exact gradient (4.10); 0: the paper's practice")
-    add("--weight", choices=fgm.WEIGHTS, help="per-sample weight of the FGM loss; sid: arXiv 2404.04057, eq 24")
-    add("--t-generator", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the FGM loss")
-    add("--t-flow", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the flow's loss, and of the GAN")
-    add("--loss-scale", type=float, default=100.0, help="of the generator's loss")
+    add("--kimg", type=fgm.AMOUNT, help="thousand images to distil with")
+    fgm.add_distillation_flags(add)
     add = parser.add_argument_group("GAN (B.2)").add_argument
     add("--real", metavar="DIR", help="real images, captions in metadata.jsonl or NAME.txt; turns the GAN on")
     add("--gan-generator", type=float, default=1e-2, help="weight in the generator's loss")
     add("--gan-discriminator", type=float, default=5e-2, help="weight in the flow's loss")
     add = parser.add_argument_group("scores, and drawing samples from a finished run").add_argument
-    add("--samples", type=int, help="images drawn for the scores")
+    add("--samples", type=fgm.COUNT, help="images drawn for the scores")
     add("--sample", metavar="PROMPT", help="draw images of PROMPT from the run in OUT")
-    add("--n", type=int, default=4, help="number of images for --sample")
-    add("--steps", type=int, metavar="K", help="draw from the teacher with K steps and guidance instead")
+    add("--n", type=fgm.COUNT, default=4, help="number of images for --sample")
+    add("--steps", type=fgm.COUNT, metavar="K", help="draw from the teacher with K steps and guidance instead")
     add("--geneval", metavar="METADATA.jsonl", help="draw 4 images a prompt into OUT/geneval, in the layout of GenEval's scorer")
-    known, _ = parser.parse_known_args()
-    parser.set_defaults(**(TINY if (Path(known.model) / "tiny_sd3.json").exists() and not known.paper else PAPER))
-    args = parser.parse_args()
-    fgm.check_settings(**{name: getattr(args, name) for name in (
-        "height", "width", "batch", "micro_batch", "kimg", "steps", "lr", "loss_scale", "samples", "n", "save_every", "log_every", "picture_every")})  # fmt: skip
-    if args.lora is not None and args.lora < 1:
-        raise InputError(f"--lora RANK must be 1 or more, got {args.lora}")
+    args = parser.parse_with(lambda given: TINY if (Path(given.model) / "tiny_sd3.json").exists() and not given.paper else PAPER)
     if args.height % 16 or args.width % 16:
         raise InputError(f"height and width must be divisible by 16, got {args.height} and {args.width}")
     return args
@@ -697,13 +677,10 @@ def main():
 
     steps = math.ceil(args.kimg * 1000 / args.batch)
     generator, distill_seconds = fgm.distill(
-        fgm.guided(teacher, args.guidance, embeddings.null), generator, flow, shape, steps=steps, batch=args.batch, micro_batch=args.micro_batch,
-        conditions=lambda seeds: embeddings(seeds % len(prompts)), lr=args.lr, eps=1e-6, lr_warmup=args.lr_warmup, lr_decay=round(args.lr_decay * steps),
-        t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), l1_weight=args.l1_weight, weight=fgm.WEIGHTS[args.weight], loss_scale=args.loss_scale,
-        extra=gan, ema_decay=args.ema, seed=args.seed, precision=args.precision, compile=args.compile, out=out, save_every=args.save_every,
-        log_every=args.log_every, picture_every=args.picture_every, picture=picture, resume=fgm.resume_mode(args),
+        fgm.guided(teacher, args.guidance, embeddings.null), generator, flow, shape, conditions=lambda seeds: embeddings(seeds % len(prompts)), eps=1e-6,
+        extra=gan, picture_every=args.picture_every, picture=picture,
         notes={"model": str(args.model), "lora": args.lora, "prompts": len(prompts), "guidance": args.guidance, "height": args.height, "width": args.width,
-               "real": args.real, "gan": [args.gan_generator, args.gan_discriminator]})  # fmt: skip
+               "real": args.real, "gan": [args.gan_generator, args.gan_discriminator]}, **fgm.distillation_settings(args, steps, out))  # fmt: skip
     fgm.save_weights(generator.net, out / "generator.safetensors")
     export(folder, generator, args.lora, dtype, out)
     coefficients = generator.coefficients()

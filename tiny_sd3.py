@@ -8,7 +8,6 @@ scheduler; diffusers' StableDiffusion3Pipeline runs it as it runs any other. Tra
 the text encoders stay as they are initialised: they tell the prompts apart, which is all that is needed.
 """
 
-import argparse
 import json
 import math
 import re
@@ -175,18 +174,16 @@ def train_transformer(pipe, kimg, batch, lr, seed):
 
 
 def main():
-    parser = fgm.Parser(prog="tiny_sd3.py", description="Build and train a miniature Stable Diffusion 3 pipeline on captioned digits.",
-                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.add_argument("--out", default="runs/tiny-sd3")
+    parser = fgm.Parser(prog="tiny_sd3.py", description="Build and train a miniature Stable Diffusion 3 pipeline on captioned digits.")
+    parser.add_argument("--out", default="runs/tiny-sd3", help="output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the pipeline in OUT")
-    parser.add_argument("--vae-steps", type=int, default=300)
-    parser.add_argument("--kimg", type=float, default=96.0, help="thousand images to train the transformer on")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--samples", type=int, default=240, help="images judged")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-steps", type=fgm.COUNT, default=300, help="training steps of the VAE")
+    parser.add_argument("--kimg", type=fgm.AMOUNT, default=96.0, help="thousand images to train the transformer on")
+    parser.add_argument("--batch", type=fgm.COUNT, default=32, help="of the transformer's training")
+    parser.add_argument("--lr", type=fgm.AMOUNT, default=1e-2, help="of the transformer")
+    parser.add_argument("--samples", type=fgm.COUNT, default=240, help="images judged")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and all random draws")
     args = parser.parse_args()
-    fgm.check_settings(vae_steps=args.vae_steps, kimg=args.kimg, batch=args.batch, lr=args.lr, samples=args.samples)
     out = Path(args.out)
     if (out / "model_index.json").exists() and not args.overwrite:
         raise InputError(f"{out} holds a pipeline already; --overwrite replaces it")

@@ -11,11 +11,11 @@ import sys
 import time
 import types
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ENV, assert_refused, command, drive
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -23,19 +23,8 @@ from torch import nn
 import cifar
 import fgm
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--data", "digits", "--model-channels", "8", "--num-blocks", "1", "--batch", "16", "--teacher-kimg", "0.32", "--kimg", "0.32", "--save-every", "5",
          "--log-every", "10", "--picture-every", "20", "--samples", "60", "--device", "cpu"]  # fmt: skip
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def command(*arguments, processes=None):
-    launcher = [sys.executable] if processes is None else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, str(ROOT / "cifar.py"), *map(str, arguments)]
-
-
-def drive(*arguments, processes=None, **more):
-    return subprocess.run(command(*arguments, processes=processes), capture_output=True, text=True, env=ENV, timeout=240, **more)
 
 
 def small_net(seed=0, **arguments):
@@ -290,7 +279,7 @@ def test_image_i_is_the_same_whatever_the_batch():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "whole"
-    done = drive(*SMALL, "--cond", "--out", out)
+    done = drive("cifar.py", *SMALL, "--cond", "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -308,13 +297,13 @@ def test_command_writes_what_it_promises(finished):
 
 @pytest.mark.parametrize("moment", ["checkpoints/teacher-000000010", "checkpoints/distill-000000010", "generator.safetensors"])
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, moment):
-    process = subprocess.Popen(command(*SMALL, "--cond", "--out", tmp_path), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command("cifar.py", *SMALL, "--cond", "--out", tmp_path), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / moment).exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "metrics.json").exists()
-    done = drive(*SMALL, "--cond", "--out", tmp_path)
+    done = drive("cifar.py", *SMALL, "--cond", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("teacher", "generator"):
         whole, resumed = (load_file(path / f"{name}.safetensors") for path in (finished[0], tmp_path))
@@ -323,15 +312,15 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, moment):
 
 def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
     out, _ = finished
-    done = drive("--sample", 6, "--classes", 3, 1, "--npz", "--out", out, "--seed", 2, processes=2)
+    done = drive("cifar.py", "--sample", 6, "--classes", 3, 1, "--npz", "--out", out, "--seed", 2, processes=2)
     assert done.returncode == 0, done.stderr
     of_run = np.load(out / "samples-one-step.npz")
     assert of_run["images"].shape == (6, 8, 8, 1) and of_run["labels"].tolist() == [3, 1] * 3
     alone = tmp_path / "mine.safetensors"
     alone.write_bytes((out / "generator.safetensors").read_bytes())
-    assert drive("--sample", 4, "--classes", 3, 1, "--npz", "--generator", alone, "--seed", 2).returncode == 0
+    assert drive("cifar.py", "--sample", 4, "--classes", 3, 1, "--npz", "--generator", alone, "--seed", 2).returncode == 0
     assert np.abs(np.load(tmp_path / "samples-one-step.npz")["images"].astype(int) - of_run["images"][:4]).max() <= 1
-    assert drive("--sample", 4, "--steps", 3, "--out", out).returncode == 0 and (out / "samples-3-steps.png").exists()
+    assert drive("cifar.py", "--sample", 4, "--steps", 3, "--out", out).returncode == 0 and (out / "samples-3-steps.png").exists()
 
 
 def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, capfd):
@@ -347,8 +336,8 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         (["--data", "digits", "--teacher", tmp_path / "none.safetensors"], "cannot read"),
         (["--sample", "4", "--out", tmp_path], "has not finished"),
         (["--sample", "4", "--classes", "10", "--out", out], "--classes must lie in 0..9"),
-        (["--sample", "0", "--out", out], "sample must be a positive number"),
-        (["--data", "digits", "--batch", "0"], "batch must be a positive number"),
+        (["--sample", "0", "--out", out], "argument --sample: must be a positive number, got 0"),
+        (["--data", "digits", "--batch", "0"], "argument --batch: must be a positive number, got 0"),
         (["--data", "digits", "--t-star", "1.5"], "t_star must lie in (0, 1]"),
         (["--data", "digits", "--batch", "16", "--micro-batch", "5"], "micro-batch"),
         ([*SMALL, "--cond", "--out", out, "--lr", "0.5"], "resume"),
@@ -356,19 +345,12 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         (["--data", "digits", "--out", out / "config.json"], "cannot write"),
         (["--colour"], "unrecognized arguments"),
     ]  # fmt: skip
-    before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
     monkeypatch.chdir(tmp_path)
-    for arguments, message in cases:
-        monkeypatch.setattr(sys, "argv", ["cifar.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            fgm.run(cifar.main)
-        line = capfd.readouterr().err.splitlines()[-1]
-        assert stopped.value.code == 2 and line.startswith("cifar.py: ") and message in line, (arguments, line)
-    assert before == {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+    assert_refused(cifar, cases, out, monkeypatch, capfd)
 
 
 def test_two_processes_equal_one(finished, tmp_path):
-    done = drive(*SMALL, "--cond", "--out", tmp_path, processes=2)
+    done = drive("cifar.py", *SMALL, "--cond", "--out", tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     one, two = (load_file(path / "teacher.safetensors") for path in (finished[0], tmp_path))
     for name in one:

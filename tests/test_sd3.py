@@ -2,13 +2,12 @@
 
 import copy
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ENV, ROOT, assert_refused, command, drive
 from safetensors.torch import load_file
 
 import bench
@@ -16,15 +15,8 @@ import fgm
 import sd3
 import tiny_sd3
 
-ROOT = Path(__file__).parent.parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SMALL = ["--kimg", "0.048", "--batch", "8", "--samples", "6", "--save-every", "3", "--picture-every", "6", "--device", "cpu"]
 CPU = torch.device("cpu")
-
-
-def drive(script, *arguments, processes=None, **more):
-    launcher = [sys.executable] if processes is None else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, env=ENV, timeout=240, **more)
 
 
 @pytest.fixture(scope="session")
@@ -303,7 +295,7 @@ def test_command_writes_what_it_promises(finished, model):
 
 def test_interrupted_run_resumed_equals_uninterrupted(finished, model, tmp_path):
     first = ["sd3.py", "--model", model, "--out", tmp_path, "--real", model / "images", *SMALL]
-    process = subprocess.Popen([sys.executable, str(ROOT / first[0]), *map(str, first[1:])], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(*first), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "checkpoints" / "distill-000000003").exists() and process.poll() is None:
         pass
     process.kill()
@@ -353,7 +345,7 @@ def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypat
         (["--model", model, "--real", small], "is 48x48, the run makes 32x32"),
         (["--model", model, "--height", "40"], "divisible by 16"),
         (["--model", model, "--height", "512"], "larger than"),
-        (["--model", model, "--lora", "0"], "--lora RANK must be 1 or more"),
+        (["--model", model, "--lora", "0"], "argument --lora: must be a positive number"),
         (["--model", model, "--batch", "9", "--micro-batch", "2"], "global batch 9"),
         ([*whole, "--prompts", model / "images" / "metadata.jsonl"], "holds embeddings for another prompts"),
         ([*whole, "--lora", "4"], "lora None -> 4"),
@@ -361,15 +353,8 @@ def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypat
         (["--out", out, "--geneval", tmp_path / "bad.jsonl"], 'with a "prompt"'),
         (["--out", tmp_path / "new", "--sample", "7"], "has not finished"),
     ]  # fmt: skip
-    before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
     monkeypatch.chdir(tmp_path)
-    for arguments, message in cases:
-        monkeypatch.setattr(sys, "argv", ["sd3.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            fgm.run(sd3.main)
-        error = capfd.readouterr().err.splitlines()
-        assert stopped.value.code == 2 and error[-1].startswith("sd3.py: ") and message in error[-1], (arguments, error)
-    assert before == {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+    assert_refused(sd3, cases, out, monkeypatch, capfd)
 
 
 def test_lora_run_resumes_and_writes_its_file(model, tmp_path):

@@ -3,32 +3,20 @@
 import copy
 import json
 import math
-import os
 import resource
+import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ENV, ROOT, command, drive
 from safetensors.torch import load_file
 
 import fgm
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--device", "cpu", "--batch", "16", "--teacher-steps", "30", "--steps", "40", "--save-every", "10", "--log-every", "10", "--samples", "500"]
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def command(*arguments, processes=None):
-    launcher = [sys.executable] if processes is None else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, str(ROOT / "fgm.py"), *SMALL, *map(str, arguments)]
-
-
-def drive(*arguments, processes=None):
-    return subprocess.run(command(*arguments, processes=processes), capture_output=True, text=True, env=ENV, timeout=240)
 
 
 def networks(seed=0):
@@ -50,7 +38,7 @@ def distilled(**settings):
 def finished(tmp_path_factory):
     """An uninterrupted run of the command line."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = drive("--out", out)
+    done = drive("fgm.py", *SMALL, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -71,15 +59,21 @@ def test_command_line_writes_what_it_promises(finished):
     assert log[-1]["l2_gradient_at_x0"] > 0 and (out / "samples.png").stat().st_size > 1000
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_run_moves_the_weights_alike():
+    plain, compiled = distilled(steps=3, log_every=1), distilled(steps=3, log_every=1, compile=True)
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("phase", ["teacher-000000010", "distill-000000020"])
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, phase):
-    process = subprocess.Popen(command("--out", tmp_path), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command("fgm.py", *SMALL, "--out", tmp_path), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "checkpoints" / phase).exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "metrics.json").exists()
-    done = drive("--out", tmp_path)
+    done = drive("fgm.py", *SMALL, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("teacher.safetensors", "generator.safetensors"):
         one, other = load_file(finished[0] / name), load_file(tmp_path / name)
@@ -89,12 +83,12 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, phase):
 
 
 def test_two_processes_equal_one(finished, tmp_path):
-    done = drive("--out", tmp_path, "--micro-batch", 4, processes=2)
+    done = drive("fgm.py", *SMALL, "--out", tmp_path, "--micro-batch", 4, processes=2)
     assert done.returncode == 0, done.stderr
     for name in ("teacher.safetensors", "generator.safetensors"):
         one, other = load_file(finished[0] / name), load_file(tmp_path / name)
         assert all((one[key] - other[key]).norm() <= 1e-4 * one[key].norm() for key in one)
-    more = drive("--out", tmp_path, "--steps", 50, "--resume")  # two processes' checkpoint, resumed by one
+    more = drive("fgm.py", *SMALL, "--out", tmp_path, "--steps", 50, "--resume")  # two processes' checkpoint, resumed by one
     assert more.returncode == 0 and "steps 40 -> 50" in more.stdout, more.stderr
 
 
@@ -163,16 +157,16 @@ def test_divergence_names_step_and_term_and_keeps_the_checkpoint(tmp_path):
 
 
 def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, tmp_path):
-    fgm.shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     newest, before = (tmp_path / "checkpoints" / f"distill-{step:09d}" for step in (40, 30))
     tensors = next(newest.glob("*.safetensors"))
     content = bytearray(tensors.read_bytes())
     for damaged in (content[: len(content) // 2], content[:-8] + bytes(8)):
         tensors.write_bytes(damaged)
-        done = drive("--out", tmp_path)
+        done = drive("fgm.py", *SMALL, "--out", tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"{newest} is damaged" in done.stderr and before.name in done.stderr
-    fgm.shutil.rmtree(newest)
-    done = drive("--out", tmp_path)
+    shutil.rmtree(newest)
+    done = drive("fgm.py", *SMALL, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     one, other = (load_file(out / "generator.safetensors") for out in (finished[0], tmp_path))
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -183,9 +177,9 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, 
     [
         (["--data", "nothing"], "invalid choice: 'nothing'"),
         (["--colour", "red"], "unrecognized arguments"),
-        (["--steps", "0"], "steps must be a positive number"),
-        (["--batch", "-4"], "batch must be a positive number"),
-        (["--lr", "nan"], "lr must be a positive number"),
+        (["--steps", "0"], "argument --steps: must be a positive number, got 0"),
+        (["--batch", "-4"], "argument --batch: must be a positive number, got -4"),
+        (["--lr", "nan"], "argument --lr: must be a positive number, got nan"),
         (["--lr", "many"], "invalid float value"),
         (["--t-star", "1.5"], "t_star must lie in (0, 1]"),
         (["--micro-batch", "5"], "global batch 16"),
@@ -194,7 +188,7 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, 
     ],
 )
 def test_bad_command_lines(arguments, message, tmp_path):
-    done = drive(*(["--out", tmp_path / "x"] if "--out" not in arguments else []), *arguments)
+    done = drive("fgm.py", *SMALL, *(["--out", tmp_path / "x"] if "--out" not in arguments else []), *arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.glob("x/*"))
 
@@ -202,16 +196,16 @@ def test_bad_command_lines(arguments, message, tmp_path):
 def test_other_settings_in_the_folder(finished):
     out, _ = finished
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    done = drive("--out", out, "--lr", "0.001")
+    done = drive("fgm.py", *SMALL, "--out", out, "--lr", "0.001")
     assert done.returncode == 2 and "lr 0.002 -> 0.001" in done.stderr and done.stderr.count("\n") == 1
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
 def test_full_disk_keeps_the_checkpoint_before(finished, tmp_path):
     """A limit on the size of files stands for the disk: the checkpoint cannot be written."""
-    fgm.shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     before = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
-    done = subprocess.run(command("--out", tmp_path, "--steps", 50, "--resume"), capture_output=True, text=True, env=ENV, preexec_fn=limit)
+    done = subprocess.run(command("fgm.py", *SMALL, "--out", tmp_path, "--steps", 50, "--resume"), capture_output=True, text=True, env=ENV, preexec_fn=limit)
     assert done.returncode == 2 and "cannot write the checkpoint" in done.stderr and "File too large" in done.stderr and "Traceback" not in done.stderr
     assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == before
