@@ -502,7 +502,7 @@ def fid(real, fake, weights, device):
 # The paper's settings (section 5.1, B.1) and EDM's network, for CIFAR-10 and other images of that size. The paper does not say where its CIFAR-10 generator
 # starts: t_star = c_in = c_skip = c_out = 2.5 / 3.5, SiD's start (arXiv 2404.04057) in our terms, was the best on digits.
 PAPER = dict(model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attention=[16], dropout=0.13, flip=True, teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999,
-             batch=512, kimg=20_000, lr=2e-5, flow_lr=2e-5, lr_warmup=100, lr_decay=0.0, ema=0.999, t_star=0.714, c_in=0.714, c_skip=0.714, l1_weight=0.0,
+             batch=512, kimg=20_000, lr=2e-5, flow_lr=2e-5, lr_warmup=100, lr_decay=0.0, clip=None, ema=0.999, t_star=0.714, c_in=0.714, c_skip=0.714, l1_weight=0.0,
              weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1, samples=50_000, save_every=500, log_every=50,
              picture_every=500)  # fmt: skip
 # Measured on scikit-learn's digits, on a laptop's budget.

@@ -884,6 +884,7 @@ def add_distillation_flags(add):
     add("--flow-lr", type=AMOUNT, help="of the online flow")
     add("--lr-warmup", type=int, metavar="STEPS", help="over which the learning rates rise")
     add("--lr-decay", type=float, metavar="SHARE", help="last share of each phase over which the learning rates fall to 0 (default: %(default).3g)")
+    add("--clip", type=AMOUNT, metavar="NORM", help="clip every gradient to this norm")
     add("--ema", type=float, metavar="DECAY", help="of the generator's moving average")
     add("--no-ema", action="store_const", const=None, dest="ema", help="use the last weights instead")
     add("--t-star", type=float, help="t* of the generator (B.1)")
@@ -899,8 +900,8 @@ def add_distillation_flags(add):
 def run_settings(args, out):
     """What the flags above mean to train_flow and distill alike."""
     resume = "no" if args.overwrite else "any" if args.resume else "same"
-    return dict(batch=args.batch, micro_batch=args.micro_batch, lr_warmup=args.lr_warmup, t_flow=tuple(args.t_flow), seed=args.seed, precision=args.precision,
-                compile=args.compile, out=out, resume=resume, save_every=args.save_every, log_every=args.log_every)  # fmt: skip
+    return dict(batch=args.batch, micro_batch=args.micro_batch, lr_warmup=args.lr_warmup, clip=args.clip, t_flow=tuple(args.t_flow), seed=args.seed,
+                precision=args.precision, compile=args.compile, out=out, resume=resume, save_every=args.save_every, log_every=args.log_every)  # fmt: skip
 
 
 def distillation_settings(args, steps, out):
@@ -980,7 +981,7 @@ def seconds_to_draw(draw, repeats):
 
 
 # Swept on the five data sets, for a minute on a laptop.
-TOY = dict(teacher_steps=3000, teacher_lr=2e-3, steps=3000, batch=1024, lr=2e-3, flow_lr=4e-3, lr_warmup=100, lr_decay=2 / 3, ema=0.99, t_star=0.8, c_in=1.0,
+TOY = dict(teacher_steps=3000, teacher_lr=2e-3, steps=3600, batch=1024, lr=2e-3, flow_lr=4e-3, lr_warmup=100, lr_decay=2 / 3, clip=1.0, ema=0.99, t_star=0.8, c_in=1.0,
            l1_weight=1.0, weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1, samples=50_000, save_every=1000,
            log_every=100)  # fmt: skip
 

@@ -560,7 +560,7 @@ def geneval(pipe, metadata, target, steps, guidance, size, seed):
 # ----------------------------------------------------------------------------------------------------------------------
 
 # The paper's settings (section 5.2, B.2); it gives no length, EMA decay or warm-up: those are ours.
-PAPER = dict(height=1024, width=1024, guidance=4.0, batch=192, kimg=1920, lr=5e-6, flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, ema=0.999, t_star=0.97, c_in=0.8,
+PAPER = dict(height=1024, width=1024, guidance=4.0, batch=192, kimg=1920, lr=5e-6, flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8,
              l1_weight=0.0, weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0, flow_updates=1, samples=8, save_every=250, log_every=10,
              picture_every=250)  # fmt: skip
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
