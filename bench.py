@@ -1,6 +1,6 @@
 """What a distillation step costs against the network passes that it cannot avoid, and what sampling, scaling, logging and memory cost.
 
-    python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16, memory and the share of the peak rate
+    python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the share of the peak rate
     python bench.py --only step sampling --json bench.json
     python bench.py --compile           # adds rows with torch.compile
 
