@@ -96,6 +96,11 @@ def now():
     return time.perf_counter()
 
 
+def intervals(marks):
+    """Seconds from mark to mark but the first, which finds caches and memory as others left them."""
+    return [b - a for a, b in zip(marks[1:-1], marks[2:], strict=True)]
+
+
 def step_times(subject, steps, **settings):
     """Seconds of each of fgm.distill's steps but the first, told apart by its calls for conditions: two a step."""
     teacher, flow, net, shape, batch, conditions = subject
@@ -107,8 +112,7 @@ def step_times(subject, steps, **settings):
 
     defaults = dict(log_every=10**9, precision="fp32")
     fgm.distill(teacher, fgm.OneStepGenerator(net, 0.97), flow, shape, steps=steps + 2, batch=batch, conditions=timed, lr=1e-6, **(defaults | settings))
-    starts = marks[::2]
-    return [b - a for a, b in zip(starts[1:-1], starts[2:], strict=True)]
+    return intervals(marks[::2])
 
 
 def bare_passes(subject, precision="fp32"):
@@ -136,12 +140,12 @@ def bare_passes(subject, precision="fp32"):
 
 
 def pass_times(passes, number):
-    """Seconds of each of a number of passes but the first, which finds the memory as others left it."""
+    """Seconds of each of a number of passes, after one that is not counted."""
     marks = [now()]
     for _ in range(number + 1):
         passes()
         marks.append(now())
-    return [b - a for a, b in zip(marks[1:-1], marks[2:], strict=True)]
+    return intervals(marks)
 
 
 def spread(values):

@@ -892,7 +892,7 @@ def add_distillation_flags(add):
     add("--l1-weight", type=float, help="1: exact gradient (4.10); 0: the paper's practice on images; -0.4: SiD's alpha 1.2")
     add("--weight", choices=WEIGHTS, help="per-sample weight of the FGM loss; sid: arXiv 2404.04057, eq 24")
     add("--t-generator", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the FGM loss")
-    add("--t-flow", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the flow's loss")
+    add("--t-flow", type=float, nargs=2, metavar=("MEAN", "STD"), help="logit-normal of t in the flow's loss, the teacher's and the GAN's")
     add("--loss-scale", type=AMOUNT, help="of the generator's loss")
     add("--flow-updates", type=COUNT, help="of the online flow for each of the generator")
 
