@@ -1,10 +1,10 @@
-"""What a distillation step costs against the network passes that it cannot avoid, and what sampling, scaling, logging and memory cost.
+"""What a distillation step costs against its bare network passes; memory, sampling, scaling, logging.
 
-    python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the share of the peak rate
+    python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the peak rate
     python bench.py --only step sampling --json bench.json
     python bench.py --compile           # adds rows with torch.compile
 
-Every row is a ratio of two things measured in the same run, in turns; the median of the repeats and their range are printed.
+Every row is a ratio of two things measured in the same run, in turns: median and range of the repeats.
 """
 
 import ctypes
@@ -16,78 +16,90 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import namedtuple
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cifar
 import fgm
-import sd3
 import tiny_sd3
+import toy2d
+from parts import edm, images, mmdit
+from parts.flags import COUNT, Parser, Setting, add_flags
+from parts.pipeline import quiet
+from parts.run import FolderRun, command, setup, write_json
 
-ROOT = Path(__file__).parent
-PARTS = ("step", "memory", "sampling", "scaling", "running")
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s by the makers' data sheets
+# ------------------------------------------------------------------------------------------------------------
+# The subjects: what fgm.distill takes, new in every call
+# ------------------------------------------------------------------------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The subjects: (teacher, flow, net, shape, batch, conditions)
-# ----------------------------------------------------------------------------------------------------------------------
+Subject = namedtuple("Subject", "teacher flow net shape batch conditions")
 
 
 def toy(device, batch=4096):
-    nets = [fgm.VelocityMLP().to(device) for _ in range(3)]
-    return *nets, (2,), batch, None
+    nets = [toy2d.VelocityMLP().to(device) for _ in range(3)]
+    return Subject(*nets, (2,), batch, lambda seeds: {})
 
 
-def edm(device, batch, **network):
-    nets = [cifar.build(network).to(device).eval() for _ in range(3)]
-    shape = (network["in_channels"], network["img_resolution"], network["img_resolution"])
-    return *nets, shape, batch, lambda seeds: {"class_labels": F.one_hot(seeds % 10, 10).float().to(device)}
+def unet(device, batch, size, channels, **network):
+    network |= dict(img_resolution=size, in_channels=channels, out_channels=channels, label_dim=10)
+    nets = [edm.build(network).to(device).eval() for _ in range(3)]
+    labels = torch.eye(10, device=device)
+    return Subject(*nets, (channels, size, size), batch, lambda seeds: {"class_labels": labels[seeds % 10]})
 
 
 def digits(device, batch=128):
-    return edm(device, batch, img_resolution=8, in_channels=1, out_channels=1, label_dim=10, **{name: cifar.DIGITS[key] for name, key in (
-        ("model_channels", "model_channels"), ("channel_mult", "channel_mult"), ("num_blocks", "num_blocks"), ("attn_resolutions", "attention"))})  # fmt: skip
+    settings = {name: cifar.DIGITS[name] for name in ("model_channels", "channel_mult", "num_blocks")}
+    return unet(device, batch, 8, 1, attn_resolutions=cifar.DIGITS["attention"], **settings)
 
 
-def cifar10(device, batch=None):
-    return edm(device, batch or (256 if device.type == "cuda" else 8), img_resolution=32, in_channels=3, out_channels=3, label_dim=10)
+def cifar10(device):
+    return unet(device, 256 if device.type == "cuda" else 8, 32, 3)
 
 
-def miniature(device, batch=48, rank=0, bf16=False, checkpointing=None, config=tiny_sd3.TRANSFORMER, size=4, tokens=272):
+def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, config=tiny_sd3.TRANSFORMER):
+    """SD3's transformer with guidance, by a diffusers config, on latents of 4x4 and texts of 272 tokens.
+
+    lora_rank 0: three networks. checkpointing None: on a GPU."""
     from diffusers import SD3Transformer2DModel
 
+    checkpointing = device.type == "cuda" if checkpointing is None else checkpointing
     with tempfile.TemporaryDirectory() as folder:
-        SD3Transformer2DModel(**config).save_pretrained(Path(folder) / "transformer")
-        teacher, flow, net = sd3.networks(Path(folder), rank, device.type == "cuda" if checkpointing is None else checkpointing, bf16, device)
-    text = {"encoder_hidden_states": (tokens, config["joint_attention_dim"]), "pooled_projections": (config["pooled_projection_dim"],)}
-    null = {name: torch.randn(1, *shape, device=device) for name, shape in text.items()}
-    conditions = lambda seeds: {name: torch.randn(len(seeds), *shape, device=device) for name, shape in text.items()}  # noqa: E731
-    return fgm.guided(teacher, 4.0, null), flow, net, (16, size, size), batch, conditions
+        SD3Transformer2DModel(**config).save_pretrained(f"{folder}/transformer")
+        teacher, flow, net = mmdit.networks(Path(folder), lora_rank, checkpointing, bf16, device)
+    tokens, pooled = (272, config["joint_attention_dim"]), (config["pooled_projection_dim"],)
+
+    def text(n):
+        embeds, summary = (torch.randn(n, *shape, device=device) for shape in (tokens, pooled))
+        return {"encoder_hidden_states": embeds, "pooled_projections": summary}
+
+    guided = fgm.Guided(teacher, 4.0, text(1))
+    return Subject(guided, flow, net, (16, 4, 4), batch, lambda seeds: text(len(seeds)))
 
 
 SUBJECTS = {
     "toy MLP, batch 4096": toy,
     "EDM U-Net, digits, batch 128": digits,
     "miniature SD3, three networks, batch 48": miniature,
-    "miniature SD3, LoRA 16, batch 48": lambda device: miniature(device, rank=16),
+    "miniature SD3, LoRA 16, batch 48": partial(miniature, lora_rank=16),
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Timing
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Time and memory
+# ------------------------------------------------------------------------------------------------------------
 
 
 def keep_memory():
-    """Tell glibc not to hand freed memory back to the system: faulting it in again costs a sixth of a pass, at one side of a ratio and not the other."""
-    try:
+    """Tell glibc to keep freed memory: faulting it in again costs one side of a ratio a sixth of a pass."""
+    with suppress(OSError, AttributeError):  # another C library has other habits
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-4, 0)  # M_MMAP_MAX
-    except (OSError, AttributeError):
-        pass  # another C library, with other habits
 
 
 def now():
@@ -102,39 +114,39 @@ def intervals(marks):
 
 
 def step_times(subject, steps, **settings):
-    """Seconds of each of fgm.distill's steps but the first, told apart by its calls for conditions: two a step."""
+    """Seconds of fgm.distill's steps but the first and last, told apart by its two calls for conditions."""
     teacher, flow, net, shape, batch, conditions = subject
     marks = []
 
     def timed(seeds):
         marks.append(now())
-        return conditions(seeds) if conditions else {}
+        return conditions(seeds)
 
-    defaults = dict(log_every=10**9, precision="fp32")
-    fgm.distill(teacher, fgm.OneStepGenerator(net, 0.97), flow, shape, steps=steps + 2, batch=batch, conditions=timed, lr=1e-6, **(defaults | settings))
+    settings = dict(steps=steps + 2, batch=batch, conditions=timed, lr=1e-6, precision="fp32") | settings
+    fgm.distill(teacher, fgm.OneStepGenerator(net, 0.97), flow, shape, **settings)
     return intervals(marks[::2])
 
 
 def bare_passes(subject, precision="fp32"):
-    """A function that makes the passes of one step and nothing else: generator forward; flow forward and backward; generator forward and backward;
-    teacher and flow forward and gradient of the input."""
+    """A function that makes the passes of one step and nothing else: generator forward; flow forward and
+    backward; generator forward and backward; teacher and flow forward and gradient of the input."""
     teacher, flow, net, shape, batch, conditions = subject
     device = next(net.parameters()).device
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x, gradient = torch.randn(batch, *shape, device=device), torch.randn(batch, *shape, device=device)
-    t, cond = torch.rand(batch, device=device), conditions(torch.arange(batch)) if conditions else {}
+    t, cond = torch.rand(batch, device=device), conditions(torch.arange(batch))
 
     def passes():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             with torch.no_grad():
                 net(x, t, **cond)
-            flow(x, t, **cond).backward(gradient.to(torch.bfloat16 if precision == "bf16" else torch.float32))
+            flow(x, t, **cond).backward(gradient.to(dtype))
             with fgm.frozen(teacher, flow):
                 leaf = x.clone().requires_grad_()
                 outputs = net(x, t, **cond), teacher(leaf, t, **cond), flow(leaf, t, **cond)
                 torch.autograd.backward(outputs, [gradient.to(v.dtype) for v in outputs])
-        for one in (flow, net):
-            for p in one.parameters():
-                p.grad = None
+        flow.zero_grad()
+        net.zero_grad()
 
     return passes
 
@@ -152,175 +164,187 @@ def spread(values):
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def ratio(first, second, repeats, warm=1):
-    """Seconds of first() over those of second(), in turns. Each returns its seconds, or None to be timed from outside."""
+def ratio(first, second, repeats, factor=1):
+    """factor x seconds of first() / seconds of second(), in turns, after one turn that is not counted.
+    What returns a list has timed itself, several times: its median counts."""
 
     def seconds(function):
         began = now()
         own = function()
-        return now() - began if own is None else own
+        return statistics.median(own) if isinstance(own, list) else now() - began
 
-    for _ in range(warm):
-        first(), second()
-    pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
-    return spread([a / b for a, b in pairs]) | {"first_s": statistics.median(a for a, _ in pairs), "second_s": statistics.median(b for _, b in pairs)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The rows
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def step_rows(device, repeats, compiled, full):
-    subjects = dict(SUBJECTS)
-    if device.type == "cuda" or full:
-        subjects["EDM U-Net, CIFAR-10 size"] = cifar10
-    precisions = ["fp32", "bf16"] if fgm.wants_bf16("auto", device) else ["fp32"]
-    for name, make in subjects.items():
-        for precision in precisions:
-            for with_compile in (False, True) if compiled else (False,):
-                torch.manual_seed(0)
-                subject = make(device)
-                passes, row = bare_passes(subject, precision), f"step / bare passes: {name}, {precision}" + ", compiled" * with_compile
-                if with_compile:
-                    for net in subject[:3]:
-                        net.compile()
-                number = max(3, round(0.5 / statistics.median(pass_times(passes, 3))))  # half a second of each, in turns
-                step = lambda s=subject, n=number, p=precision: statistics.median(step_times(s, n, precision=p))  # noqa: E731
-                found = ratio(step, lambda p=passes, n=number: statistics.median(pass_times(p, n)), repeats)
-                found["images_per_s"] = subject[4] / found["first_s"]
-                if device.type == "cuda":
-                    with FlopCounterMode(display=False) as counter:
-                        passes()
-                    found["tflops"] = counter.get_total_flops() / found["first_s"] / 1e12
-                    peak = next((value for key, value in PEAK.items() if key in torch.cuda.get_device_name()), None)
-                    found["share_of_bf16_peak"] = found["tflops"] * 1e12 / peak if peak else None
-                yield row, found
+    pairs = [(seconds(first), seconds(second)) for _ in range(repeats + 1)][1:]
+    first_s, second_s = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return spread([factor * a / b for a, b in pairs]) | {"first_s": first_s, "second_s": second_s}
 
 
 def peak_bytes(work, device):
-    """The most memory that work() and what it makes occupy at a time: the GPU's own count, on a CPU the allocations that the profiler sees."""
+    """The most memory that work() occupies at a time: the GPU's count, on a CPU what the profiler sees."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+        profiled.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
     return max(itertools.accumulate(change for _, change in changes))
 
 
-def memory_rows(device, repeats):
+# ------------------------------------------------------------------------------------------------------------
+# The rows: generators of (name, {"median", "least", "most", ...})
+# ------------------------------------------------------------------------------------------------------------
+
+# Dense bf16 FLOP/s by the makers' data sheets.
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def step_rows(device, args):
+    subjects = SUBJECTS
+    if device.type == "cuda" or args.full:
+        subjects = subjects | {"EDM U-Net, CIFAR-10 size": cifar10}
+    precisions = ["fp32", "bf16"] if fgm.wants_bf16("auto", device) else ["fp32"]
+    compiled = (False, True) if args.compile else (False,)
+    for name, precision, compile in itertools.product(subjects, precisions, compiled):
+        torch.manual_seed(0)
+        subject = subjects[name](device)
+        passes = bare_passes(subject, precision)
+        for net in subject[:3] if compile else ():
+            net.compile()
+        number = max(3, round(0.5 / statistics.median(pass_times(passes, 3))))  # half a second, in turns
+        step = partial(step_times, subject, number, precision=precision)
+        found = ratio(step, partial(pass_times, passes, number), args.repeats)
+        found["images_per_s"] = subject.batch / found["first_s"]
+        if device.type == "cuda":
+            with FlopCounterMode(display=False) as counter:
+                passes()
+            rate = counter.get_total_flops() / found["first_s"]
+            peak = next((value for key, value in PEAK.items() if key in torch.cuda.get_device_name()), None)
+            found |= {"tflops": rate / 1e12, "share_of_bf16_peak": rate / peak if peak else None}
+        yield f"step / bare passes: {name}, {precision}" + ", compiled" * compile, found
+
+
+def memory_rows(device, args):
     """A step of two micro-batches against sd3.py's estimate, networks and optimiser included."""
     bf16 = fgm.wants_bf16("auto", device)
-    for rank in (0, 16):
-        for checkpointing in (False, True):
+    for lora_rank, checkpointing in itertools.product((0, 16), (False, True)):
 
-            def work(rank=rank, checkpointing=checkpointing):
-                subject = miniature(device, 32, rank, bf16, checkpointing)
-                step_times(subject, 1, precision="bf16" if bf16 else "fp32", micro_batch=16)
+        def work(lora_rank=lora_rank, checkpointing=checkpointing):
+            subject = miniature(device, 32, lora_rank, bf16, checkpointing)
+            step_times(subject, 1, precision="bf16" if bf16 else "fp32", micro_batch=16)
 
-            peak = peak_bytes(work, device)
-            estimate = sum(sd3.memory_estimate(tiny_sd3.TRANSFORMER, rank, checkpointing, bf16, 16, 4, 4, 272, 4.0, 1, True).values())
-            what = f"{'LoRA 16' if rank else 'three networks'}{', checkpointing' if checkpointing else ''}"
-            yield f"peak memory / estimate: miniature SD3, {what}", spread([peak / estimate]) | {"peak_bytes": peak, "estimate_bytes": estimate}
+        peak = peak_bytes(work, device)
+        recipe = tiny_sd3.TRANSFORMER, lora_rank, checkpointing, bf16
+        estimate = sum(mmdit.memory_estimate(*recipe, 16, 4, 4, 272, 4.0, processes=1, ema=True).values())
+        what = ("LoRA 16" if lora_rank else "three networks") + ", checkpointing" * checkpointing
+        found = spread([peak / estimate]) | {"peak_bytes": peak, "estimate_bytes": estimate}
+        yield f"peak memory / estimate: miniature SD3, {what}", found
 
 
-def sampling_rows(device, repeats):
+def sampling_rows(device, args):
     teacher, _, net, shape, _, conditions = digits(device)
     generator = fgm.OneStepGenerator(net, 0.97)
+
+    @torch.no_grad()
+    def ten(sampler, z, **cond):
+        for _ in range(10):
+            sampler(z, **cond)
+
+    def call(z, **cond):
+        net(z, fgm.constant_t(0.97, z), **cond)
+
     for batch in (1, 256):
         z, cond = torch.randn(batch, *shape, device=device), conditions(torch.arange(batch))
-
-        def many(z=z, cond=cond):
-            fgm.sample_ode(teacher, z, 50, **cond)
-
-        def one(z=z, cond=cond):
-            with torch.no_grad():
-                generator(z, **cond)
-
-        def call(z=z, cond=cond):
-            with torch.no_grad():
-                net(z, fgm.times(0.97, z), **cond)
-
-        def ten(function):
-            return lambda: [function() for _ in range(10)] and None
-
-        found = ratio(many, ten(one), repeats)
-        yield f"50-step teacher / one step: digits, batch {batch}", {key: value * 10 if key in ("median", "least", "most") else value for key, value in found.items()}
-        yield f"one-step sampler / its network call: digits, batch {batch}", ratio(ten(one), ten(call), repeats)
+        many = partial(fgm.sample_ode, teacher, z, 50, **cond)
+        one, bare = partial(ten, generator, z, **cond), partial(ten, call, z, **cond)
+        yield f"50-step teacher / one step: digits, batch {batch}", ratio(many, one, args.repeats, factor=10)
+        yield f"one-step sampler / its network call: digits, batch {batch}", ratio(one, bare, args.repeats)
 
 
-def scaling_rows(device, repeats):
+def scaling_rows(device, args):
     small = digits(device, 32)
     for times in (2, 4, 8):
-        large = (*small[:4], 32 * times, small[5])
-        found = ratio(lambda s=large: statistics.median(step_times(s, 3)), lambda: statistics.median(step_times(small, 3)), repeats)
-        found |= {key: found[key] / times for key in ("median", "least", "most")}
+        large = small._replace(batch=32 * times)
+        found = ratio(partial(step_times, large, 3), partial(step_times, small, 3), args.repeats, 1 / times)
         yield f"cost of an image, batch {32 * times} / batch 32: digits", found
-    rates = {}
-    threads = torch.get_num_threads()
-    for processes in (1, 2):
-        with tempfile.TemporaryDirectory() as out:
-            arguments = ["cifar.py", "--data", "digits", "--cond", "--teacher-kimg", "0.128", "--kimg", "2.56", "--log-every", "5", "--samples", "20", "--out", out]
-            launcher = [sys.executable] + ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] * (processes > 1)
-            subprocess.run([*launcher, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(max(1, threads // processes))}, check=True, capture_output=True)
-            lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-            rates[processes] = [line["images_per_s"] for line in lines if line["phase"] == "distill"][1:]
-    yield "seconds an image, 2 processes / 1, same batch and cores: digits", spread([a / b for a, b in zip(rates[1], rates[2], strict=True)])
+    found = spread([one / two for one, two in zip(images_per_s(1), images_per_s(2), strict=True)])
+    yield "seconds an image, 2 processes / 1, same batch and cores: digits", found
 
 
-def running_rows(device, repeats):
-    """Extra time of steps that log, save or draw, spread over cifar.py's default intervals, as a share of run time."""
-    share = {"logging": [], "checkpoints": [], "pictures": []}
-    subject = digits(device)
-    labels = torch.arange(100)
+def images_per_s(processes):
+    """What cifar.py logs while it distils digits, but the first; the processes share our cores."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    flags = "--data digits --cond --teacher-kimg 0.128 --kimg 2.56 --log-every 5 --samples 20".split()
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
+    with tempfile.TemporaryDirectory() as out:
+        parts = [*launcher, Path(__file__).with_name("cifar.py"), *flags, "--out", out]
+        subprocess.run(parts, env=env, check=True, capture_output=True)
+        log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [record["images_per_s"] for record in log if record["phase"] == "distill"][1:]
+
+
+def running_rows(device, args):
+    """Extra time of steps that log, save or draw, over cifar.py's default intervals, as a share of all."""
+    subject, share, never = digits(device), {"logging": [], "checkpoints": [], "pictures": []}, 10**9
 
     def picture(step, generator):
-        pixels, _ = cifar.draw(generator, len(labels), subject[3], 10, device)
-        fgm.save_grid(Path(folder) / "picture.png", pixels)
+        pixels, _ = images.draw_images(generator, 100, subject.shape, 10, device)
+        images.save_grid(Path(folder) / "picture.png", pixels)
 
-    kinds = ("logging", 50, dict(log_every=3)), ("checkpoints", 500, dict(save_every=3)), ("pictures", 500, dict(picture_every=3, picture=picture))
-    for _ in range(repeats):
-        for what, interval, settings in kinds:
+    settings = {"log_every": 3}, {"save_every": 3}, {"picture_every": 3, "picture": picture}
+    for _ in range(args.repeats):
+        for what, special in zip(share, settings, strict=True):
             with tempfile.TemporaryDirectory() as folder:
-                times = step_times(subject, 9, out=folder, **(dict(save_every=10**9) | settings))
-            special, plain = times[1::3], times[0::3] + times[2::3]
-            share[what].append((statistics.median(special) - statistics.median(plain)) / (interval * statistics.median(plain)))
-    yield "logging + checkpoints + pictures / run time: digits", spread([sum(parts) for parts in zip(*share.values(), strict=True)]) | share
+                run = FolderRun(folder, **{"save_every": never, "log_every": never} | special)
+                times = step_times(subject, 9, run=run)
+            usual = statistics.median(times[0::3] + times[2::3])
+            extra = statistics.median(times[1::3]) - usual
+            share[what].append(extra / usual / cifar.PAPER[next(iter(special))])
+    found = spread([sum(shares) for shares in zip(*share.values(), strict=True)])
+    yield "logging + checkpoints + pictures / run time: digits", found | share
+
+
+PARTS = dict(step=step_rows, memory=memory_rows, sampling=sampling_rows, scaling=scaling_rows,
+             running=running_rows)
+FLAGS = {
+    "only": Setting(str, list(PARTS), "these parts alone", "+"),
+    "repeats": Setting(int, COUNT, "of each ratio"),
+    "compile": Setting(bool, None, "also with torch.compile"),
+    "full": Setting(bool, None, "also the EDM U-Net at CIFAR-10 size on a CPU"),
+    "device": Setting(str, None, "cpu or cuda (default: cuda if there is one)"),
+    "json": Setting(str, None, "write the table there too", metavar="FILE"),
+}
 
 
 def main():
-    parser = fgm.Parser(prog="bench.py", description="Measure what the project's code costs.")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts alone")
-    parser.add_argument("--repeats", type=fgm.COUNT, default=5, help="of each ratio")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
-    parser.add_argument("--full", action="store_true", help="also the EDM U-Net at CIFAR-10 size on a CPU")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--json", metavar="FILE", help="write the table there too")
-    args = parser.parse_args()
-    device, rows = fgm.setup(args.device), {}
+    parser = Parser(prog="bench.py", description="Measure what the project's code costs.")
+    add_flags(parser.add_argument, FLAGS)
+    args = parser.parse_with(lambda given: {"only": list(PARTS), "repeats": 5})
+    device, rows = setup(args.device), {}
     keep_memory()
-    sd3.quiet()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {args.repeats} repeats\n{'':72}{'median':>9}{'range':>18}{'seconds':>22}")
-    parts = {"step": lambda: step_rows(device, args.repeats, args.compile, args.full), "memory": lambda: memory_rows(device, args.repeats),
-             "sampling": lambda: sampling_rows(device, args.repeats), "scaling": lambda: scaling_rows(device, args.repeats),
-             "running": lambda: running_rows(device, args.repeats)}  # fmt: skip
+    quiet()
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {args.repeats} repeats")
+    print(f"{'':72}{'median':>9}{'range':>18}{'seconds':>22}")
     for part in args.only:
-        for row, found in parts[part]():
+        for row, found in PARTS[part](device, args):
             rows[row] = found
             seconds = f"{found['first_s']:.4f} / {found['second_s']:.4f}" if "first_s" in found else ""
-            more = f"  {found['tflops']:.0f} TFLOP/s, {found['share_of_bf16_peak'] or 0:.0%} of the bf16 peak" if "tflops" in found else ""
-            print(f"{row:72}{found['median']:9.3f}{found['least']:9.3f} -{found['most']:7.3f}{seconds:>22}{more}", flush=True)
+            line = f"{row:72}{found['median']:9.3f}{found['least']:9.3f} -{found['most']:7.3f}{seconds:>22}"
+            if "tflops" in found:
+                peak = found["share_of_bf16_peak"] or 0
+                line += f"  {found['tflops']:.0f} TFLOP/s, {peak:.0%} of the bf16 peak"
+            print(line, flush=True)
     if args.json:
-        fgm.write_json(args.json, {"device": name, "torch": torch.__version__, "rows": rows})
+        write_json(args.json, {"device": name, "torch": torch.__version__, "rows": rows})
 
 
 if __name__ == "__main__":
-    fgm.run(main)
+    command(main)

@@ -1,4 +1,4 @@
-"""What the tests of the three drivers share: commands run as a user would, and refusals checked."""
+"""What the tests of the commands share: commands run as a user would, and refusals checked."""
 
 import os
 import subprocess
@@ -7,30 +7,33 @@ from pathlib import Path
 
 import pytest
 
-import fgm
+from parts import run
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def command(script, *arguments, processes=None):
-    launcher = [sys.executable] if processes is None else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [sys.executable]
+    if processes is not None:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [*launcher, str(ROOT / script), *map(str, arguments)]
 
 
 def drive(script, *arguments, processes=None, **more):
-    return subprocess.run(command(script, *arguments, processes=processes), capture_output=True, text=True, env=ENV, timeout=240, **more)
+    line = command(script, *arguments, processes=processes)
+    return subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=240, **more)
 
 
 def assert_refused(driver, cases, out, monkeypatch, capfd):
-    """Each command line ends with status 2 and its message in one line on stderr, and no weights in out change."""
+    """Each command line ends with status 2 and its message, one line on stderr; no weights in out change."""
     name = Path(driver.__file__).name
     before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
     for arguments, message in cases:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            fgm.run(driver.main)
+            run.command(driver.main)
         line = capfd.readouterr().err.splitlines()[-1]
         assert stopped.value.code == 2 and line.startswith(f"{name}: ") and message in line, (arguments, line)
     assert before and before == {path: path.read_bytes() for path in out.rglob("*.safetensors")}

@@ -1,4 +1,4 @@
-"""The image driver: network, published teachers, data, scores, the whole command."""
+"""The image command: network, published teachers, network files, and all of it as users run it."""
 
 import copy
 import json
@@ -16,22 +16,30 @@ import numpy as np
 import pytest
 import torch
 from helpers import ENV, assert_refused, command, drive
-from PIL import Image
 from safetensors.torch import load_file
+from test_images import folder
 from torch import nn
 
 import cifar
 import fgm
+from parts.edm import Conv, EDMUNet, EDMVelocity, load_edm, load_network
+from parts.images import draw_images, load_images, pixel_frechet
 
-SMALL = ["--data", "digits", "--model-channels", "8", "--num-blocks", "1", "--batch", "16", "--teacher-kimg", "0.32", "--kimg", "0.32", "--save-every", "5",
-         "--log-every", "10", "--picture-every", "20", "--samples", "60", "--device", "cpu"]  # fmt: skip
+SMALL = [
+    "--data", "digits", "--model-channels", "8", "--num-blocks", "1", "--batch", "16", "--kimg", "0.32",
+    "--teacher-kimg", "0.32", "--save-every", "5", "--log-every", "10", "--picture-every", "20",
+    "--samples", "60", "--device", "cpu",
+]
 
 
 def small_net(seed=0, **arguments):
     """A small EDMUNet whose last layers are not zero, so that every parameter matters."""
     torch.manual_seed(seed)
-    defaults = dict(img_resolution=8, in_channels=1, out_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
-    net = cifar.EDMUNet(**(defaults | arguments))
+    defaults = dict(
+        img_resolution=8, in_channels=1, out_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1,
+        attn_resolutions=(4,),
+    )
+    net = EDMUNet(**(defaults | arguments))
     for p in net.parameters():
         nn.init.normal_(p, std=0.2)
     return net.eval()
@@ -41,26 +49,37 @@ def small_net(seed=0, **arguments):
 
 
 def test_block_against_plain_mathematics():
-    """Attention block 4x4_block0 of the encoder, recomputed from the description, with explicit softmax and interleaved q, k, v."""
+    """Encoder block 4x4_block0, from its description, with explicit softmax and interleaved q, k, v."""
     net = small_net().double()
     block = net.enc["4x4_block0"]
     x, embedding = torch.randn(2, 16, 4, 4).double(), torch.randn(2, 64).double()
-    norm = lambda layer, v: nn.functional.group_norm(v, min(32, v.shape[1] // 4), layer.weight, layer.bias, 1e-6)  # noqa: E731
-    silu = lambda v: v * torch.sigmoid(v)  # noqa: E731
-    conv = lambda layer, v: nn.functional.conv2d(v, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)  # noqa: E731
-    h = conv(block.conv0, silu(norm(block.norm0, x))) + (embedding @ block.affine.weight.T + block.affine.bias)[:, :, None, None]
+
+    def norm(layer, v):
+        return nn.functional.group_norm(v, min(32, v.shape[1] // 4), layer.weight, layer.bias, 1e-6)
+
+    def silu(v):
+        return v * torch.sigmoid(v)
+
+    def conv(layer, v):
+        return nn.functional.conv2d(v, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)
+
+    added = embedding @ block.affine.weight.T + block.affine.bias
+    h = conv(block.conv0, silu(norm(block.norm0, x))) + added[:, :, None, None]
     h = (conv(block.conv1, silu(norm(block.norm1, h))) + conv(block.skip, x)) / math.sqrt(2)
     qkv = conv(block.qkv, norm(block.norm2, h)).flatten(2)  # [2, 96, 16]
     q, k, v = qkv[:, 0::3], qkv[:, 1::3], qkv[:, 2::3]
-    attended = torch.einsum("bij,bcj->bci", torch.softmax(torch.einsum("bci,bcj->bij", q, k) / math.sqrt(32), 2), v).view(2, 32, 4, 4)
-    torch.testing.assert_close(block(x, embedding), (h + conv(block.proj, attended)) / math.sqrt(2), rtol=1e-10, atol=1e-10)
+    attention = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / math.sqrt(32), 2)
+    attended = torch.einsum("bij,bcj->bci", attention, v).view(2, 32, 4, 4)
+    expected = (h + conv(block.proj, attended)) / math.sqrt(2)
+    torch.testing.assert_close(block(x, embedding), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_full_size_network_has_the_published_number_of_parameters():
     with torch.device("meta"):
-        unconditional, conditional = cifar.EDMUNet(32, 3, 3, augment_dim=9), cifar.EDMUNet(32, 3, 3, label_dim=10, augment_dim=9)
-    assert (sum(p.numel() for p in unconditional.parameters()), len(unconditional.state_dict())) == (55_733_891, 425)
-    assert (sum(p.numel() for p in conditional.parameters()), len(conditional.state_dict())) == (55_735_299, 427)
+        unconditional = EDMUNet(32, 3, 3, augment_dim=9)
+        conditional = EDMUNet(32, 3, 3, label_dim=10, augment_dim=9)
+    for net, parameters, entries in ((unconditional, 55_733_891, 425), (conditional, 55_735_299, 427)):
+        assert (sum(p.numel() for p in net.parameters()), len(net.state_dict())) == (parameters, entries)
 
 
 def test_network_compiles_without_graph_breaks():
@@ -72,7 +91,7 @@ def test_network_compiles_without_graph_breaks():
 
 def test_network_names_what_does_not_fit():
     with pytest.raises(fgm.InputError, match="halved"):
-        cifar.EDMUNet(9, 1, 1)
+        EDMUNet(9, 1, 1)
     net = small_net(label_dim=10)
     with pytest.raises(fgm.InputError, match=r"class_labels of shape \[2, 10\]"):
         net(torch.zeros(2, 1, 8, 8), torch.ones(2))
@@ -92,8 +111,9 @@ def denoiser(net, y, sigma, **cond):
 
 def test_velocity_of_a_denoiser_and_back():
     net = small_net(label_dim=3).double()
-    x, t, cond = torch.randn(5, 1, 8, 8).double(), torch.tensor([0.01, 0.3, 0.5, 0.9, 0.98]).double(), {"class_labels": torch.eye(3)[[0, 1, 2, 0, 1]].double()}
-    v, time = cifar.EDMVelocity(net)(x, t, **cond), fgm.per_sample(t, x)
+    x, t = torch.randn(5, 1, 8, 8).double(), torch.tensor([0.01, 0.3, 0.5, 0.9, 0.98]).double()
+    cond = {"class_labels": torch.eye(3)[[0, 1, 2, 0, 1]].double()}
+    v, time = EDMVelocity(net)(x, t, **cond), fgm.per_sample(t, x)
     d = denoiser(net, x / (1 - time), t / (1 - t), **cond)
     torch.testing.assert_close(v, (x - d) / time, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(x - time * v, d, rtol=1e-12, atol=1e-12)
@@ -101,29 +121,33 @@ def test_velocity_of_a_denoiser_and_back():
 
 @pytest.mark.parametrize("deviation", [0.2, 0.5, 2.0])
 def test_velocity_of_a_gaussian_data_set(deviation):
-    """Where the denoiser is the optimal one of N(0, deviation^2), v is the closed form of GaussianMixture, down to t = 1e-6 in float32."""
+    """With the optimal denoiser of N(0, deviation^2), v is GaussianMixture's, down to t = 1e-6 in float32."""
 
     def optimal(x, label, **cond):  # the F whose D(y; s) is y deviation^2 / (s^2 + deviation^2)
         s = (4 * label.double()).exp()[:, None]
         y = x.double() * (s**2 + 0.25).sqrt()
-        return ((deviation**2 / (s**2 + deviation**2) - 0.25 / (s**2 + 0.25)) * y * (s**2 + 0.25).sqrt() / (s * 0.5)).to(x.dtype)
+        denoised_minus_skip = (deviation**2 / (s**2 + deviation**2) - 0.25 / (s**2 + 0.25)) * y
+        return (denoised_minus_skip * (s**2 + 0.25).sqrt() / (s * 0.5)).to(x.dtype)
 
     mixture = fgm.GaussianMixture([1.0], [[0.0, 0.0]], [[[deviation**2, 0.0], [0.0, deviation**2]]])
-    for dtype, tolerance, times in ((torch.float64, 1e-10, [0.003, 0.1, 0.5, 0.9, 0.98]), (torch.float32, 2e-4, [0.003, 0.1, 0.5, 0.9, 0.98])):
-        t = torch.tensor(times, dtype=dtype)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
+        t = torch.tensor([0.003, 0.1, 0.5, 0.9, 0.98], dtype=dtype)
         x = torch.randn(len(t), 2, dtype=dtype)
-        torch.testing.assert_close(cifar.EDMVelocity(optimal)(x, t), mixture.velocity(x, t), rtol=tolerance, atol=tolerance)
+        v = EDMVelocity(optimal)(x, t)
+        torch.testing.assert_close(v, mixture.velocity(x, t), rtol=tolerance, atol=tolerance)
     if deviation == 0.5:  # F = 0: exact at any t, without cancellation
         t = torch.tensor([1e-6, 1.0])
         x = torch.randn(2, 2)
-        torch.testing.assert_close(cifar.EDMVelocity(lambda x, label: torch.zeros_like(x))(x, t), mixture.velocity(x, t), rtol=1e-6, atol=1e-6)
+        v = EDMVelocity(lambda x, label: torch.zeros_like(x))(x, t)
+        torch.testing.assert_close(v, mixture.velocity(x, t), rtol=1e-6, atol=1e-6)
 
 
 class Persistent:
-    """An object that pickles as EDM's persistent classes do: a call of torch_utils.persistence with source text and state."""
+    """Pickles as EDM's persistent classes do: a call of torch_utils.persistence with source and state."""
 
     def __init__(self, class_name, state):
-        self.meta = dict(type="class", version=6, module_src="raise SystemExit('embedded source was executed')", class_name=class_name, state=state)
+        source = "raise SystemExit('embedded source was executed')"
+        self.meta = dict(type="class", version=6, module_src=source, class_name=class_name, state=state)
 
     def __reduce__(self):
         return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
@@ -134,11 +158,13 @@ def persistent(module, class_name=None):
         container = nn.ModuleDict()
         container._modules = OrderedDict((name, persistent(child)) for name, child in module.items())
         return container
-    state = {name: value for name, value in module.__dict__.items() if name in ("training", "dropout", "in_channels")}
+    kept = ("training", "dropout", "in_channels")
+    state = {name: value for name, value in module.__dict__.items() if name in kept}
     state["_parameters"] = module._parameters
-    state["_buffers"] = OrderedDict((name, value) for name, value in module._buffers.items() if name != "frequencies")
-    children = ((name, child) for name, child in module.named_children() if not isinstance(child, nn.Identity))
-    state["_modules"] = OrderedDict((name, persistent(child)) for name, child in children)
+    buffers = ((name, value) for name, value in module._buffers.items() if name != "frequencies")
+    state["_buffers"] = OrderedDict(buffers)
+    children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Identity)}
+    state["_modules"] = OrderedDict((name, persistent(child)) for name, child in children.items())
     return Persistent(class_name or type(module).__name__, state)
 
 
@@ -150,7 +176,8 @@ def edm_pickle(monkeypatch, tmp_path):
     def _reconstruct_persistent_obj(meta):
         raise AssertionError("embedded source was executed")
 
-    _reconstruct_persistent_obj.__module__, _reconstruct_persistent_obj.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
     module._reconstruct_persistent_obj = _reconstruct_persistent_obj
     monkeypatch.setitem(sys.modules, "torch_utils", package)
     monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
@@ -158,8 +185,11 @@ def edm_pickle(monkeypatch, tmp_path):
     def write(net, inner="SongUNet", outer="EDMPrecond", **extra):
         net = copy.deepcopy(net)
         channels, resolution = net.input_shape[:2]
-        state = dict(img_resolution=resolution, img_channels=channels, label_dim=net.label_dim, use_fp16=False, sigma_min=0, sigma_max=float("inf"),
-                     sigma_data=np.float64(0.5), _parameters={}, _buffers={}, _modules=OrderedDict(model=persistent(net, inner)))  # fmt: skip
+        state = dict(
+            img_resolution=resolution, img_channels=channels, label_dim=net.label_dim, use_fp16=False,
+            sigma_min=0, sigma_max=float("inf"), sigma_data=np.float64(0.5), _parameters={}, _buffers={},
+            _modules=OrderedDict(model=persistent(net, inner)),
+        )
         path = tmp_path / f"{inner}.pkl"
         path.write_bytes(pickle.dumps({"ema": Persistent(outer, state), **extra}))
         return path
@@ -167,14 +197,17 @@ def edm_pickle(monkeypatch, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("arguments", [dict(), dict(label_dim=10, augment_dim=9, channel_mult=(2, 2), num_blocks=2, attn_resolutions=(8, 4)), dict(attn_resolutions=())])
+CONDITIONAL = dict(label_dim=10, augment_dim=9, channel_mult=(2, 2), num_blocks=2, attn_resolutions=(8, 4))
+
+
+@pytest.mark.parametrize("arguments", [dict(), CONDITIONAL, dict(attn_resolutions=())])
 def test_published_pickle_round_trip(edm_pickle, arguments):
     net = small_net(**arguments)
-    loaded = cifar.load_edm(edm_pickle(net))
+    loaded = load_edm(edm_pickle(net))
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.9])
     cond = {"class_labels": torch.eye(10)[:2]} if net.label_dim else {}
     with torch.no_grad():
-        torch.testing.assert_close(loaded(x, t, **cond), cifar.EDMVelocity(net)(x, t, **cond), rtol=0, atol=0)
+        torch.testing.assert_close(loaded(x, t, **cond), EDMVelocity(net)(x, t, **cond), rtol=0, atol=0)
 
 
 class Attack:
@@ -188,89 +221,40 @@ class Attack:
 def test_foreign_pickles_are_refused_and_never_executed(edm_pickle, tmp_path):
     ran = tmp_path / "ran"
     net = small_net()
-    for call, argument, named in ((os.system, f"touch {ran}", "system"), (eval, f"open({str(ran)!r}, 'w')", "eval")):
-        with pytest.raises(fgm.InputError, match=named):
-            cifar.load_edm(edm_pickle(net, hidden=Attack(call, argument)))
+    for call, argument in ((os.system, f"touch {ran}"), (eval, f"open({str(ran)!r}, 'w')")):
+        with pytest.raises(fgm.InputError, match=call.__name__):
+            load_edm(edm_pickle(net, hidden=Attack(call, argument)))
     inner = pickle.dumps(Attack(os.system, f"touch {ran}"))  # the same, inside what poses as a tensor's bytes
     with pytest.raises(fgm.InputError):
-        cifar.load_edm(edm_pickle(net, hidden=Attack(torch.storage._load_from_bytes, inner)))
+        load_edm(edm_pickle(net, hidden=Attack(torch.storage._load_from_bytes, inner)))
     assert not ran.exists()
     whole = edm_pickle(net).read_bytes()
     broken = tmp_path / "broken.pkl"
     for content in (whole[: len(whole) // 2], b"", pickle.dumps({"ema": 3}), pickle.dumps([1])):
         broken.write_bytes(content)
         with pytest.raises(fgm.InputError, match="damaged"):
-            cifar.load_edm(broken)
+            load_edm(broken)
     with pytest.raises(fgm.InputError, match="VPPrecond"):
-        cifar.load_edm(edm_pickle(net, outer="VPPrecond"))
-    net.dec["8x8_aux_skip"] = cifar.Conv(16, 1, 3)
+        load_edm(edm_pickle(net, outer="VPPrecond"))
+    net.dec["8x8_aux_skip"] = Conv(16, 1, 3)
     with pytest.raises(fgm.InputError, match=r"NCSN\+\+"):
-        cifar.load_edm(edm_pickle(net))
+        load_edm(edm_pickle(net))
     with pytest.raises(fgm.InputError, match="cannot read"):
-        cifar.load_edm(tmp_path / "missing.pkl")
+        load_edm(tmp_path / "missing.pkl")
 
 
-# Data and scores
-
-
-def test_digits_keep_their_values():
-    images = cifar.load_images("digits")
-    assert images.pixels.shape == (1797, 1, 8, 8) and images.pixels.max() == 255 and len(images.classes) == 10
-    assert torch.equal(cifar.to_uint8(cifar.to_float(images.pixels)), images.pixels)
-
-
-def test_folder_converts_every_kind_of_image(tmp_path):
-    values = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
-    for name, mode in (("a", "L"), ("b", "RGBA"), ("c", "P"), ("d", "RGB")):
-        (tmp_path / name).mkdir()
-        Image.fromarray(values).convert(mode).save(tmp_path / name / "0.png")
-    images = cifar.load_images(str(tmp_path), cond=True)
-    assert images.pixels.shape == (4, 3, 8, 8) and images.labels.tolist() == [0, 1, 2, 3] and images.classes == list("abcd")
-    for pixels in images.pixels:
-        np.testing.assert_allclose(pixels[1].numpy(), values, atol=1)
-    assert cifar.load_images(str(tmp_path), resolution=4).pixels.float().mean() == pytest.approx(values.mean(), abs=1)
-
-
-def folder(tmp_path, sizes):
-    for i, size in enumerate(sizes):
-        (tmp_path / f"class{i}").mkdir(parents=True)
-        Image.new("RGB", size).save(tmp_path / f"class{i}" / "0.png")
-    return tmp_path
-
-
-def test_folder_names_what_is_wrong(tmp_path):
-    cases = [(folder(tmp_path / "mixed", [(8, 8), (16, 16)]), "16x16, not 8x8; --resolution", False), (folder(tmp_path / "oblong", [(8, 9)]), "not square", False),
-             (folder(tmp_path / "one", [(8, 8)]), "at least two classes", True), (tmp_path / "none", "neither cifar10, digits nor a folder", False)]  # fmt: skip
-    (tmp_path / "empty").mkdir()
-    cases.append((tmp_path / "empty", "no sub-folders", False))
-    hollow = folder(tmp_path / "hollow", [(8, 8), (8, 8)])
-    (hollow / "class1" / "0.png").unlink()
-    cases.append((hollow, "no images in its sub-folder class1", False))
-    cut = folder(tmp_path / "cut", [(8, 8), (8, 8)])
-    (cut / "class1" / "0.png").write_bytes((cut / "class0" / "0.png").read_bytes()[:40])
-    cases.append((cut, "cut/class1/0.png", False))
-    for path, message, cond in cases:
-        with pytest.raises(fgm.InputError, match=message):
-            cifar.load_images(str(path), cond=cond)
-
-
-def test_pixel_frechet_of_known_gaussians():
-    """Shifted, and scaled along axes: |shift|^2 + sum (s - s')^2. uint8 rounding adds about 1e-5 of variance a pixel."""
-    n = torch.randn(200_000, 1, 2, 1, generator=torch.Generator().manual_seed(0))
-    a, b = 0.1 * n, 0.2 + torch.tensor([0.2, 0.05]).view(1, 2, 1) * n
-    expected = 2 * 0.2**2 + 0.1**2 + 0.05**2
-    assert cifar.pixel_frechet(cifar.to_uint8(a), cifar.to_uint8(b)) == pytest.approx(expected, rel=0.01)
-    assert cifar.pixel_frechet(cifar.to_uint8(a), cifar.to_uint8(a)) == pytest.approx(0, abs=1e-8)
+# Drawing
 
 
 def test_image_i_is_the_same_whatever_the_batch():
     net = small_net(label_dim=10)
     generator = fgm.OneStepGenerator(net, 0.9)
-    some, labels = cifar.draw(generator, 12, (1, 8, 8), 10, "cpu", seed=3, batch=5)
-    more, _ = cifar.draw(generator, 30, (1, 8, 8), 10, "cpu", seed=3, batch=30)
+    some, labels = draw_images(generator, 12, (1, 8, 8), 10, "cpu", seed=3, batch=5)
+    more, _ = draw_images(generator, 30, (1, 8, 8), 10, "cpu", seed=3, batch=30)
     assert (some.int() - more[:12].int()).abs().max() <= 1 and labels.tolist() == [*range(10), 0, 1]
-    assert (cifar.draw(generator, 12, (1, 8, 8), 10, "cpu", seed=4)[0].int() - some.int()).abs().max() > 10
-    assert cifar.draw(generator, 4, (1, 8, 8), 10, "cpu", classes=[7, 2])[1].tolist() == [7, 2, 7, 2]
+    others, _ = draw_images(generator, 12, (1, 8, 8), 10, "cpu", seed=4)
+    assert (others.int() - some.int()).abs().max() > 10
+    assert draw_images(generator, 4, (1, 8, 8), 10, "cpu", classes=[7, 2])[1].tolist() == [7, 2, 7, 2]
 
 
 # The command
@@ -287,17 +271,26 @@ def finished(tmp_path_factory):
 def test_command_writes_what_it_promises(finished):
     out, printed = finished
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["teacher"].keys() == {"1", "10", "50"} and metrics["metric"] == "pixel Frechet distance" and f"{metrics['one_step']:.4f}" in printed
-    net, about = cifar.load_network(out / "generator.safetensors")
-    pixels, labels = cifar.draw(fgm.OneStepGenerator(net, **about["generator"]), 60, (1, 8, 8), 10, "cpu")
-    assert cifar.pixel_frechet(cifar.load_images("digits").pixels, pixels) == pytest.approx(metrics["one_step"], rel=1e-3)
-    for name in ("one-step.png", "teacher-50-steps.png", "distill-0000020.png", "config.json", "log.jsonl", "teacher.safetensors"):
+    assert metrics["teacher"].keys() == {"1", "10", "50"} and metrics["metric"] == "pixel Frechet distance"
+    assert f"{metrics['one_step']:.4f}" in printed
+    net, description = load_network(out / "generator.safetensors")
+    generator = fgm.OneStepGenerator(net, **description["generator"])
+    pixels, labels = draw_images(generator, 60, (1, 8, 8), 10, "cpu")
+    distance = pixel_frechet(load_images("digits").pixels, pixels)
+    assert distance == pytest.approx(metrics["one_step"], rel=1e-3)
+    for name in ("one-step.png", "teacher-50-steps.png", "distill-0000020.png"):
+        assert (out / name).stat().st_size > 100
+    for name in ("config.json", "log.jsonl", "teacher.safetensors"):
         assert (out / name).stat().st_size > 100
 
 
-@pytest.mark.parametrize("moment", ["checkpoints/teacher-000000010", "checkpoints/distill-000000010", "generator.safetensors"])
+MOMENTS = ["checkpoints/teacher-000000010", "checkpoints/distill-000000010", "generator.safetensors"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, moment):
-    process = subprocess.Popen(command("cifar.py", *SMALL, "--cond", "--out", tmp_path), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = command("cifar.py", *SMALL, "--cond", "--out", tmp_path)
+    process = subprocess.Popen(started, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / moment).exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -312,39 +305,44 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, moment):
 
 def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
     out, _ = finished
-    done = drive("cifar.py", "--sample", 6, "--classes", 3, 1, "--npz", "--out", out, "--seed", 2, processes=2)
+    arguments = ["--sample", 6, "--classes", 3, 1, "--npz", "--out", out, "--seed", 2]
+    done = drive("cifar.py", *arguments, processes=2)
     assert done.returncode == 0, done.stderr
     of_run = np.load(out / "samples-one-step.npz")
     assert of_run["images"].shape == (6, 8, 8, 1) and of_run["labels"].tolist() == [3, 1] * 3
     alone = tmp_path / "mine.safetensors"
     alone.write_bytes((out / "generator.safetensors").read_bytes())
-    assert drive("cifar.py", "--sample", 4, "--classes", 3, 1, "--npz", "--generator", alone, "--seed", 2).returncode == 0
-    assert np.abs(np.load(tmp_path / "samples-one-step.npz")["images"].astype(int) - of_run["images"][:4]).max() <= 1
-    assert drive("cifar.py", "--sample", 4, "--steps", 3, "--out", out).returncode == 0 and (out / "samples-3-steps.png").exists()
+    done = drive("cifar.py", "--sample", 4, "--classes", 3, 1, "--npz", "--generator", alone, "--seed", 2)
+    assert done.returncode == 0, done.stderr
+    of_file = np.load(tmp_path / "samples-one-step.npz")
+    assert np.abs(of_file["images"].astype(int) - of_run["images"][:4]).max() <= 1
+    assert drive("cifar.py", "--sample", 4, "--steps", 3, "--out", out).returncode == 0
+    assert (out / "samples-3-steps.png").exists()
 
 
 def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, capfd):
     out, _ = finished
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes((out / "teacher.safetensors").read_bytes()[:-100])
+    teacher, cut = out / "teacher.safetensors", tmp_path / "cut.safetensors"
+    cut.write_bytes(teacher.read_bytes()[:-100])
     flat = folder(tmp_path / "folder", [(8, 8), (8, 8)])
     cases = [
         (["--data", "nowhere"], "neither cifar10, digits nor a folder"),
-        (["--data", "digits", "--teacher", out / "teacher.safetensors"], "conditional on 10 classes, asked for is unconditional"),
-        (["--data", flat, "--cond", "--teacher", out / "teacher.safetensors"], r"images of shape [1, 8, 8], the data has [3, 8, 8]"),
+        (["--data", "digits", "--teacher", teacher], "conditional on 10 classes, asked for is unconditional"),
+        (["--data", flat, "--cond", "--teacher", teacher], "shape [1, 8, 8], the data has [3, 8, 8]"),
         (["--data", "digits", "--teacher", cut], "damaged"),
         (["--data", "digits", "--teacher", tmp_path / "none.safetensors"], "cannot read"),
         (["--sample", "4", "--out", tmp_path], "has not finished"),
         (["--sample", "4", "--classes", "10", "--out", out], "--classes must lie in 0..9"),
-        (["--sample", "0", "--out", out], "argument --sample: must be a positive number, got 0"),
-        (["--data", "digits", "--batch", "0"], "argument --batch: must be a positive number, got 0"),
-        (["--data", "digits", "--t-star", "1.5"], "t_star must lie in (0, 1]"),
-        (["--data", "digits", "--batch", "16", "--micro-batch", "5"], "micro-batch"),
+        (["--sample", "0", "--out", out], "argument --sample: must be in [1, 1e9], got 0"),
+        (["--data", "digits", "--batch", "0"], "argument --batch: must be in [1, 1e9], got 0"),
+        (["--data", "nowhere", "--t-star", "1.5"], "argument --t-star: must be in (0, 1], got 1.5"),
+        (["--data", "nowhere", "--channel-mult", "1", "0"], "argument --channel-mult: must be in [1"),
+        (["--data", "nowhere", "--batch", "16", "--micro-batch", "5"], "micro-batch"),
         ([*SMALL, "--cond", "--out", out, "--lr", "0.5"], "resume"),
         ([*SMALL, "--cond", "--out", out, "--fid", "--inception-weights", cut], "no FID"),
         (["--data", "digits", "--out", out / "config.json"], "cannot write"),
         (["--colour"], "unrecognized arguments"),
-    ]  # fmt: skip
+    ]
     monkeypatch.chdir(tmp_path)
     assert_refused(cifar, cases, out, monkeypatch, capfd)
 

@@ -1,7 +1,8 @@
-"""The SD3 driver on a miniature pipeline: gradients in both memory recipes, export to stock diffusers, caches, the whole command."""
+"""SD3 in miniature: gradients of both memory recipes, export to diffusers, caches, the whole command."""
 
 import copy
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,9 +14,17 @@ from safetensors.torch import load_file
 import bench
 import fgm
 import sd3
-import tiny_sd3
+from parts.captions import PROMPTS, captioned_digits, captions, judge
+from parts.images import save_grid, to_uint8
+from parts.mmdit import GAN, memory_estimate, networks
+from parts.pipeline import draw, export, open_pipeline
+from parts.prompts import Embeddings, encode_prompts, grammar, text_pipeline
+from parts.run import noise_from
 
-SMALL = ["--kimg", "0.048", "--batch", "8", "--samples", "6", "--save-every", "3", "--picture-every", "6", "--device", "cpu"]
+SMALL = [
+    "--kimg", "0.048", "--batch", "8", "--samples", "6", "--save-every", "3", "--picture-every", "6",
+    "--device", "cpu",
+]
 CPU = torch.device("cpu")
 
 
@@ -30,8 +39,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def embeddings(model, tmp_path_factory):
     cache = tmp_path_factory.mktemp("embeddings")
-    sd3.encode_prompts(model, tiny_sd3.PROMPTS, cache, CPU, torch.float32)
-    return sd3.Embeddings(cache, len(tiny_sd3.PROMPTS), CPU)
+    encode_prompts(model, PROMPTS, cache, CPU, torch.float32)
+    return Embeddings(cache, len(PROMPTS), CPU)
 
 
 def shaken(*nets):
@@ -45,13 +54,15 @@ def shaken(*nets):
 def losses(teacher, flow, net, cond, null, guidance=4.0, c_in=0.8):
     """One flow loss and one FGM loss of fixed draws; gradients are left in the networks."""
     generator = fgm.OneStepGenerator(net, 0.97, c_in)
-    z, noise = (fgm.noise_from(torch.arange(i, i + 3), (16, 4, 4), "cpu").to(next(net.parameters()).dtype) for i in (0, 10))
+    dtype = next(net.parameters()).dtype
+    z, noise = (noise_from(torch.arange(i, i + 3), (16, 4, 4), "cpu").to(dtype) for i in (0, 10))
     t = torch.tensor([0.2, 0.6, 0.95])
     with torch.no_grad():
         x0 = generator(z, **cond)
     fgm.reflow_loss(flow, x0, noise, t, **cond).mean().backward()
     with fgm.frozen(teacher, flow):
-        l1, l2 = fgm.fgm_losses(fgm.guided(teacher, guidance, null), flow, generator(z, **cond), noise, t, **cond)
+        guided = fgm.Guided(teacher, guidance, null)
+        l1, l2 = fgm.fgm_losses(guided, flow, generator(z, **cond), noise, t, **cond)
         (l2 - 0.4 * l1).mean().backward()
 
 
@@ -69,15 +80,15 @@ def relative(a, b):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_adapters_equal_three_networks(model, embeddings, checkpointing):
     cond = embeddings(torch.tensor([0, 90, 200]))
-    teacher, flow, net = sd3.networks(model, 4, checkpointing, False, CPU)
+    teacher, flow, net = networks(model, 4, checkpointing, False, CPU)
     shaken(flow, net)
-    plain = sd3.networks(model, 4, False, False, CPU)[1:]
+    plain = networks(model, 4, False, False, CPU)[1:]
     apart = []
-    for adapter, name in zip(plain, ("flow", "generator"), strict=True):  # whole networks of their own, the other adapter unused
-        for mine, moved in zip(adapter.parameters(), (flow if name == "flow" else net).parameters(), strict=True):
+    for adapter, source in zip(plain, (flow, net), strict=True):  # whole networks, the other adapter unused
+        for mine, moved in zip(adapter.parameters(), source.parameters(), strict=True):
             mine.data.copy_(moved)
         apart.append(copy.deepcopy(adapter))
-    base = sd3.networks(model, 0, False, False, CPU)[0]
+    base = networks(model, 0, False, False, CPU)[0]
     assert apart[0].shared[0] is not apart[1].shared[0]
     losses(teacher, flow, net, cond, embeddings.null)
     losses(base, *apart, cond, embeddings.null)
@@ -92,7 +103,7 @@ def test_checkpointing_changes_no_gradient(model, embeddings):
     cond = embeddings(torch.tensor([5, 100, 239]))
     found = []
     for checkpointing in (False, True):
-        teacher, flow, net = sd3.networks(model, 0, checkpointing, False, CPU)
+        teacher, flow, net = networks(model, 0, checkpointing, False, CPU)
         shaken(flow, net)
         losses(teacher, flow, net, cond, embeddings.null)
         assert all(p.grad is None for p in teacher.parameters())
@@ -104,87 +115,126 @@ def test_bf16_gradient_is_near_that_of_fp32_and_the_timestep_stays_float32(model
     cond = embeddings(torch.tensor([0, 90, 200]))
     found = []
     for bf16 in (False, True):
-        teacher, flow, net = sd3.networks(model, 0, False, bf16, CPU)
+        teacher, flow, net = networks(model, 0, False, bf16, CPU)
         shaken(flow, net)
         seen = []
-        hook = [n.net.register_forward_pre_hook(lambda module, args, kwargs, seen=seen: seen.append(kwargs["timestep"]), with_kwargs=True) for n in (teacher, flow, net)]
+
+        def record(module, args, kwargs, seen=seen):
+            seen.append(kwargs["timestep"])
+
+        for velocity in (teacher, flow, net):
+            velocity.net.register_forward_pre_hook(record, with_kwargs=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses(teacher, flow, net, cond, embeddings.null)
-        assert len(hook) == 3 and all(t.dtype == torch.float32 for t in seen) and any(torch.equal(t, torch.full_like(t, 970.0)) for t in seen)
+        assert all(t.dtype == torch.float32 for t in seen)
+        assert any(torch.equal(t, torch.full_like(t, 970.0)) for t in seen)
         found.append(gradients(net))
     assert next(teacher.parameters()).dtype == torch.bfloat16 and found[1].dtype == torch.float32
     assert 1e-5 < relative(found[1], found[0]) < 0.03
 
 
 RANKS = """
-import sys, torch, fgm, sd3
+import sys
 from pathlib import Path
-fgm.WHOLE = 0  # block by block, as a large network
+
+import torch
+
+import fgm
+from parts import run
+from parts.mmdit import GAN, networks
+from parts.prompts import Embeddings
+
+run.GATHERED_WHOLE = 0  # block by block, as a large network
+
+
+def parameters(nets):
+    named = ((f"{name}.{key}", p) for name, net in nets.items() for key, p in net.named_parameters())
+    return {name: fgm.gathered(p.detach()).clone() for name, p in named}
 
 
 def main():
-    model, cache, out, rank, micro = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-    device = fgm.setup("cpu")
-    embeddings = sd3.Embeddings(cache, 240, device)
+    model, cache, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    lora_rank, micro = int(sys.argv[4]), int(sys.argv[5])
+    device = run.setup("cpu")
+    embeddings = Embeddings(cache, 240, device)
     torch.manual_seed(0)
-    teacher, flow, net = sd3.networks(model, rank, True, False, device, keep_features=True)
-    gan = sd3.GAN(32, (4, 4), fgm.noise_from(torch.arange(5), (16, 4, 4), device), embeddings, (-1.0, 2.0), 0.5, 2.5)
-    fgm.shard(gan.head)
-    before = {name: {k: fgm.full(p.detach()).clone() for k, p in n.named_parameters()} for name, n in (("flow", flow), ("net", net), ("gan", gan))}
-    generator = fgm.OneStepGenerator(net, 0.97, 0.8)
-    fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), generator, flow, (16, 4, 4), steps=1, batch=8, micro_batch=micro, l1_weight=-0.4, ema_decay=None, extra=gan,
-                conditions=lambda seeds: embeddings(seeds % 240), lr=1e5, flow_lr=1e5, eps=1e6, precision="fp32", log_every=100)
-    moved = {f"{name}.{k}": fgm.full(p.detach()) - before[name][k] for name, n in (("flow", flow), ("net", net), ("gan", gan)) for k, p in n.named_parameters()}
-    if fgm.rank() == 0:
+    teacher, flow, net = networks(model, lora_rank, True, False, device, keep_features=True)
+    latents = run.noise_from(torch.arange(5), (16, 4, 4), device)
+    gan = GAN(32, (4, 4), latents, embeddings, (-1.0, 2.0), 0.5, 2.5)
+    run.shard(gan.head)
+    nets = {"flow": flow, "net": net, "gan": gan}
+    before = parameters(nets)
+    guided, generator = fgm.Guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8)
+    fgm.distill(
+        guided, generator, flow, (16, 4, 4), steps=1, batch=8, micro_batch=micro, lr=1e5, flow_lr=1e5,
+        eps=1e6, conditions=lambda seeds: embeddings(seeds % 240), l1_weight=-0.4, extra=gan, ema_decay=None,
+        precision="fp32",
+    )
+    moved = {name: value - before[name] for name, value in parameters(nets).items()}
+    if fgm.process_rank() == 0:
         torch.save(moved, out)
 
 
-fgm.run(main)
+run.command(main)
 """
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_two_processes_move_the_weights_as_one(model, embeddings, tmp_path, rank):
-    """With Adam's epsilon far above the gradients, one step moves each weight by its gradient times a constant. Checkpointing, accumulation and GAN are on."""
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_two_processes_move_the_weights_as_one(model, embeddings, tmp_path, lora_rank):
+    """With Adam's epsilon far above the gradients, a step moves each weight by its gradient times a constant.
+
+    Checkpointing, accumulation and GAN are on."""
     (tmp_path / "ranks.py").write_text(RANKS)
     cache = Path(tmp_path) / "cache"
-    sd3.encode_prompts(model, tiny_sd3.PROMPTS, cache, CPU, torch.float32)
+    encode_prompts(model, PROMPTS, cache, CPU, torch.float32)
     moved = []
     for processes in (None, 2):
-        done = drive(tmp_path / "ranks.py", model, cache, tmp_path / "moved.pt", rank, 4 if processes is None else 2, processes=processes, cwd=ROOT)
+        arguments = model, cache, tmp_path / "moved.pt", lora_rank, 4 if processes is None else 2
+        done = drive(tmp_path / "ranks.py", *arguments, processes=processes, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         moved.append(torch.load(tmp_path / "moved.pt"))
     for part in ("flow.", "net.", "gan."):
-        one, two = (torch.cat([value.flatten() for name, value in found.items() if name.startswith(part)]) for found in moved)
-        assert one.norm() > 0 and relative(two, one) < 1e-6
+        alone, shared = (
+            torch.cat([value.flatten() for name, value in found.items() if name.startswith(part)])
+            for found in moved
+        )
+        assert alone.norm() > 0 and relative(shared, alone) < 1e-6
 
 
 def test_a_step_makes_no_needless_pass(model, embeddings):
-    teacher, flow, net = sd3.networks(model, 0, False, False, CPU)
+    teacher, flow, net = networks(model, 0, False, False, CPU)
     passes = []
     for name, velocity in (("teacher", teacher), ("flow", flow), ("generator", net)):
-        velocity.register_forward_pre_hook(lambda module, inputs, name=name: passes.append((name, len(inputs[0]))))
-    fgm.distill(fgm.guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8), flow, (16, 4, 4), steps=2, batch=2,
-                conditions=lambda seeds: embeddings(seeds % 240))  # fmt: skip
-    assert sorted(passes[:5]) == sorted(passes[5:10]) == [("flow", 2), ("flow", 2), ("generator", 2), ("generator", 2), ("teacher", 4)]
+
+        def record(module, inputs, name=name):
+            passes.append((name, len(inputs[0])))
+
+        velocity.register_forward_pre_hook(record)
+    guided, generator = fgm.Guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8)
+    conditions = lambda seeds: embeddings(seeds % 240)  # noqa: E731
+    fgm.distill(guided, generator, flow, (16, 4, 4), steps=2, batch=2, conditions=conditions)
+    expected = [("flow", 2), ("flow", 2), ("generator", 2), ("generator", 2), ("teacher", 4)]
+    assert sorted(passes[:5]) == sorted(passes[5:10]) == expected
 
 
 # The GAN
 
 
 def test_gan_losses_against_plain_mathematics(model, embeddings):
-    """The head sees block 2's hidden states at the t of the flow's own pass; the gradient reaches x0 through noise and network alike."""
-    _, flow, _ = sd3.networks(model, 0, True, False, CPU, keep_features=True)
+    """The head sees block 2's hidden states at the t of the flow's pass; gradients reach x0 by all paths."""
+    _, flow, _ = networks(model, 0, True, False, CPU, keep_features=True)
     shaken(flow)
     torch.manual_seed(2)
     real = torch.randn(5, 16, 4, 4)
-    gan = sd3.GAN(32, (4, 4), real, embeddings, (-1.0, 2.0), 0.5, 0.25)
+    gan = GAN(32, (4, 4), real, embeddings, (-1.0, 2.0), 0.5, 0.25)
     seeds, cond = torch.tensor([7, 11]), embeddings(torch.tensor([3, 4]))
-    x0, noise, t = torch.randn(2, 16, 4, 4, requires_grad=True), torch.randn(2, 16, 4, 4), torch.tensor([0.1, 0.4])
+    x0, noise = torch.randn(2, 16, 4, 4, requires_grad=True), torch.randn(2, 16, 4, 4)
+    t = torch.tensor([0.1, 0.4])
 
     def hidden(xt, t, cond):  # blocks 0 to 2, called one by one
         net = flow.net
-        h, c, e = net.pos_embed(xt), net.context_embedder(cond["encoder_hidden_states"]), net.time_text_embed(1000 * t, cond["pooled_projections"])
+        h, c = net.pos_embed(xt), net.context_embedder(cond["encoder_hidden_states"])
+        e = net.time_text_embed(1000 * t, cond["pooled_projections"])
         for block in net.transformer_blocks[:3]:
             c, h = block(hidden_states=h, encoder_hidden_states=c, temb=e)
         return gan.head(h.mT.reshape(len(h), 32, 4, 4)).mean((1, 2, 3))
@@ -192,13 +242,16 @@ def test_gan_losses_against_plain_mathematics(model, embeddings):
     fgm.reflow_loss(flow, x0.detach(), noise, t, **cond)
     found = gan.flow_loss(flow, x0.detach(), seeds, cond)
     chosen = seeds % 5
-    noised = fgm.interpolate(real[chosen], fgm.noise_from(seeds ^ 1, (16, 4, 4), "cpu"), t)
-    fake_logit, real_logit = hidden(fgm.interpolate(x0.detach(), noise, t), t, cond), hidden(noised, t, embeddings(chosen))
-    torch.testing.assert_close(found, -0.25 * (torch.log(torch.sigmoid(-fake_logit)) + torch.log(torch.sigmoid(real_logit))))
+    noised = fgm.interpolate(real[chosen], noise_from(seeds ^ 1, (16, 4, 4), "cpu"), t)
+    fake_logit = hidden(fgm.interpolate(x0.detach(), noise, t), t, cond)
+    real_logit = hidden(noised, t, embeddings(chosen))
+    expected = -0.25 * (torch.log(torch.sigmoid(-fake_logit)) + torch.log(torch.sigmoid(real_logit)))
+    torch.testing.assert_close(found, expected)
 
     found = gan.generator_loss(flow, x0, seeds, cond)
-    t = torch.sigmoid(-1 + 2 * fgm.noise_from(seeds ^ 2, (1,), "cpu")[:, 0])
-    expected = -0.5 * torch.log(torch.sigmoid(hidden(fgm.interpolate(x0, fgm.noise_from(seeds ^ 1, (16, 4, 4), "cpu"), t), t, cond)))
+    t = torch.sigmoid(-1 + 2 * noise_from(seeds ^ 2, (1,), "cpu")[:, 0])
+    noised = fgm.interpolate(x0, noise_from(seeds ^ 1, (16, 4, 4), "cpu"), t)
+    expected = -0.5 * torch.log(torch.sigmoid(hidden(noised, t, cond)))
     torch.testing.assert_close(found, expected)
     ours, theirs = (torch.autograd.grad(loss.sum(), x0)[0] for loss in (found, expected))
     assert ours.norm() > 0 and relative(ours, theirs) < 1e-5
@@ -207,68 +260,75 @@ def test_gan_losses_against_plain_mathematics(model, embeddings):
 # Export
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_stock_pipeline_draws_what_our_generator_draws(model, embeddings, tmp_path, rank):
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_stock_pipeline_draws_what_our_generator_draws(model, embeddings, tmp_path, lora_rank):
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    _, _, net = sd3.networks(model, rank, False, False, CPU)
+    _, _, net = networks(model, lora_rank, False, False, CPU)
     shaken(net)
     generator = fgm.OneStepGenerator(net, 0.97, 0.8)
-    sd3.export(model, generator, rank, torch.float32, tmp_path)
-    z = fgm.noise_from(torch.arange(3), (16, 4, 4), CPU)
+    export(model, generator, lora_rank, torch.float32, tmp_path)
+    z = noise_from(torch.arange(3), (16, 4, 4), CPU)
     index = torch.tensor([0, 90, 200])
     with torch.no_grad():
         expected = generator(z, **embeddings(index))
-    ways = [StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline")]
-    if rank:
-        ways.append(StableDiffusion3Pipeline.from_pretrained(model))
-        ways[1].load_lora_weights(tmp_path / "lora.safetensors")
-        ways[1].scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "pipeline", subfolder="scheduler")
-    for pipe in ways:
-        prompts = [tiny_sd3.PROMPTS[i] for i in index.tolist()]
-        latents = pipe(prompts, num_inference_steps=1, guidance_scale=0, latents=z, height=32, width=32, output_type="latent").images
-        assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()
+    prompts = [PROMPTS[i] for i in index.tolist()]
+
+    def latents(pipe):
+        return pipe(
+            prompts, num_inference_steps=1, guidance_scale=0, latents=z, height=32, width=32,
+            output_type="latent",
+        ).images
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline")
+    assert (latents(pipe) - expected).abs().max() < 1e-5 * expected.abs().max()
     source = StableDiffusion3Pipeline.from_pretrained(model)
-    source.scheduler = ways[0].scheduler
-    other = source(prompts, num_inference_steps=1, guidance_scale=0, latents=z, height=32, width=32, output_type="latent").images
-    assert (other - expected).abs().max() > 0.01  # the source does not
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "pipeline", subfolder="scheduler")
+    source.scheduler = scheduler
+    assert (latents(source) - expected).abs().max() > 0.01  # the source does not
+    if lora_rank:
+        source.load_lora_weights(tmp_path / "lora.safetensors")
+        assert (latents(source) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 # Prompts and their embeddings
 
 
 def test_embeddings_are_the_pipelines_own_and_resume(model, embeddings, tmp_path, capsys):
-    prompts = [tiny_sd3.PROMPTS[i] for i in range(200)] + ["x " * 100]
-    sd3.encode_prompts(model, prompts, tmp_path, CPU, torch.float32)
+    prompts = [PROMPTS[i] for i in range(200)] + ["x " * 100]
+    encode_prompts(model, prompts, tmp_path, CPU, torch.float32)
     assert "1 prompts are longer than CLIP's 16 tokens" in capsys.readouterr().err
-    pipe = sd3.text_pipeline(model, CPU, torch.float32)
+    pipe = text_pipeline(model, CPU, torch.float32)
     expected = pipe.encode_prompt(prompts[150], None, None, do_classifier_free_guidance=False)
-    found = sd3.Embeddings(tmp_path, len(prompts), CPU)
-    torch.testing.assert_close(found(torch.tensor([3, 150]))["encoder_hidden_states"][1:], expected[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.null["pooled_projections"], pipe.encode_prompt("", None, None, do_classifier_free_guidance=False)[2], rtol=1e-5, atol=1e-5)
+    found = Embeddings(tmp_path, len(prompts), CPU)
+    hidden_states = found(torch.tensor([3, 150]))["encoder_hidden_states"]
+    torch.testing.assert_close(hidden_states[1:], expected[0], rtol=1e-5, atol=1e-5)
+    empty = pipe.encode_prompt("", None, None, do_classifier_free_guidance=False)
+    torch.testing.assert_close(found.null["pooled_projections"], empty[2], rtol=1e-5, atol=1e-5)
     kept, lost = tmp_path / "prompts-000000.safetensors", tmp_path / "prompts-000001.safetensors"
     content, when = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
-    sd3.encode_prompts(model, prompts, tmp_path, CPU, torch.float32)
+    encode_prompts(model, prompts, tmp_path, CPU, torch.float32)
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == when
     with pytest.raises(fgm.InputError, match="another prompts"):
-        sd3.encode_prompts(model, prompts[1:], tmp_path, CPU, torch.float32)
+        encode_prompts(model, prompts[1:], tmp_path, CPU, torch.float32)
 
 
 def test_grammar_makes_different_prompts_and_the_same_ones_again():
-    prompts = sd3.grammar(500)
-    assert len(set(prompts)) == 500 and prompts == sd3.grammar(500) and prompts != sd3.grammar(500, seed=1)
+    prompts = grammar(500)
+    assert len(set(prompts)) == 500 and prompts == grammar(500) and prompts != grammar(500, seed=1)
 
 
 def test_judge_reads_real_digits():
-    images, labels, styles = tiny_sd3.digits()
-    prompts = [tiny_sd3.captions(style, label)[i % 8] for i, (style, label) in enumerate(zip(styles.tolist(), labels.tolist(), strict=True))]
-    following, distance = tiny_sd3.judge((images * 127.5 + 128).clamp(0, 255).byte(), prompts)
+    images, labels, styles = captioned_digits()
+    pairs = zip(styles.tolist(), labels.tolist(), strict=True)
+    prompts = [captions(style, label)[i % 8] for i, (style, label) in enumerate(pairs)]
+    following, distance = judge(to_uint8(images), prompts)
     assert following > 0.99 and distance < 0.01
-    shifted = [tiny_sd3.captions(0, (label + 1) % 10)[0] for label in labels.tolist()]
-    assert tiny_sd3.judge((images * 127.5 + 128).clamp(0, 255).byte(), shifted)[0] < 0.01
+    shifted = [captions(0, (label + 1) % 10)[0] for label in labels.tolist()]
+    assert judge(to_uint8(images), shifted)[0] < 0.01
     with pytest.raises(fgm.InputError, match="does not name one digit"):
-        tiny_sd3.judge(images[:1].byte(), ["a cat"])
+        judge(images[:1].byte(), ["a cat"])
 
 
 # The command
@@ -285,12 +345,15 @@ def finished(model, tmp_path_factory):
 def test_command_writes_what_it_promises(finished, model):
     out, printed = finished
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["teacher"].keys() == {"1", "28"} and f"{metrics['one_step']:.4f}" in printed and "memory a process, estimated" in printed
-    images = sd3.draw(sd3.open_pipeline(out / "pipeline", CPU, torch.float32), tiny_sd3.PROMPTS[:6], 1, 0, (32, 32))
-    assert tiny_sd3.judge(images, tiny_sd3.PROMPTS[:6])[1] == pytest.approx(metrics["one_step"], rel=1e-3)
-    for name in ("one-step.png", "teacher-28-steps.png", "distill-0000006.png", "config.json", "log.jsonl", "generator.safetensors"):
+    assert metrics["teacher"].keys() == {"1", "28"} and f"{metrics['one_step']:.4f}" in printed
+    assert "memory a process, estimated" in printed
+    images = draw(open_pipeline(out / "pipeline", CPU, torch.float32), PROMPTS[:6], 1, 0, (32, 32))
+    assert judge(images, PROMPTS[:6])[1] == pytest.approx(metrics["one_step"], rel=1e-3)
+    pictures = ("one-step.png", "teacher-28-steps.png", "distill-0000006.png")
+    for name in (*pictures, "config.json", "log.jsonl", "generator.safetensors"):
         assert (out / name).stat().st_size > 100
-    assert drive("sd3.py", "--model", model, "--out", out, "--sample", "the digit 7", "--n", 2).returncode == 0 and (out / "sample.png").exists()
+    done = drive("sd3.py", "--model", model, "--out", out, "--sample", "the digit 7", "--n", 2)
+    assert done.returncode == 0 and (out / "sample.png").exists()
 
 
 def test_interrupted_run_resumed_equals_uninterrupted(finished, model, tmp_path):
@@ -309,11 +372,13 @@ def test_interrupted_run_resumed_equals_uninterrupted(finished, model, tmp_path)
 
 def test_geneval_layout(finished, tmp_path):
     out, _ = finished
-    (tmp_path / "metadata.jsonl").write_text('{"tag": "a", "prompt": "the digit 3"}\n{"tag": "b", "prompt": "4"}\n')
+    lines = '{"tag": "a", "prompt": "the digit 3"}\n{"tag": "b", "prompt": "4"}\n'
+    (tmp_path / "metadata.jsonl").write_text(lines)
     assert drive("sd3.py", "--out", out, "--geneval", tmp_path / "metadata.jsonl").returncode == 0
     for i, tag in enumerate("ab"):
         folder = out / "geneval" / f"{i:05d}"
-        assert json.loads((folder / "metadata.jsonl").read_text())["tag"] == tag and len(list((folder / "samples").glob("000?.png"))) == 4
+        assert json.loads((folder / "metadata.jsonl").read_text())["tag"] == tag
+        assert len(list((folder / "samples").glob("000?.png"))) == 4
 
 
 def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypatch, capfd):
@@ -322,16 +387,17 @@ def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypat
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "bad.jsonl").write_text('{"tag": "no prompt"}\n')
     (tmp_path / "real").mkdir()
-    broken = {}
-    for name, change in (("folder", lambda f: (f / "model_index.json").unlink()), ("component", lambda f: fgm.shutil.rmtree(f / "vae")),
-                         ("epsilon", lambda f: (f / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')),
-                         ("kind", lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'))):  # fmt: skip
-        broken[name] = tmp_path / name
-        fgm.shutil.copytree(model, broken[name])
-        change(broken[name])
+    broken = {name: tmp_path / name for name in ("folder", "component", "epsilon", "kind")}
+    for folder in broken.values():
+        shutil.copytree(model, folder)
+    (broken["folder"] / "model_index.json").unlink()
+    shutil.rmtree(broken["component"] / "vae")
+    scheduler = broken["epsilon"] / "scheduler" / "scheduler_config.json"
+    scheduler.write_text('{"_class_name": "DDPMScheduler"}')
+    (broken["kind"] / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     small = tmp_path / "small"
     small.mkdir()
-    fgm.save_grid(small / "a.png", torch.zeros(1, 3, 48, 48, dtype=torch.uint8), 1)
+    save_grid(small / "a.png", torch.zeros(1, 3, 48, 48, dtype=torch.uint8), 1)
     whole = ["--model", model, "--out", out, "--real", model / "images", *SMALL]
     cases = [
         (["--model", "nobody/nothing"], "hf auth login"),
@@ -345,14 +411,16 @@ def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypat
         (["--model", model, "--real", small], "is 48x48, the run makes 32x32"),
         (["--model", model, "--height", "40"], "divisible by 16"),
         (["--model", model, "--height", "512"], "larger than"),
-        (["--model", model, "--lora", "0"], "argument --lora: must be a positive number"),
+        (["--model", model, "--lora", "0"], "argument --lora: must be in [1, 1e9], got 0"),
         (["--model", model, "--batch", "9", "--micro-batch", "2"], "global batch 9"),
         ([*whole, "--prompts", model / "images" / "metadata.jsonl"], "holds embeddings for another prompts"),
         ([*whole, "--lora", "4"], "lora None -> 4"),
         ([*whole, "--lr", "0.5"], "lr 0.002 -> 0.5"),
+        ([*whole, "--t-star", "1.5"], "argument --t-star: must be in (0, 1], got 1.5"),
+        (["--model", tmp_path / "nowhere", "--lr", "nan"], "argument --lr: must be in (0, inf), got nan"),
         (["--out", out, "--geneval", tmp_path / "bad.jsonl"], 'with a "prompt"'),
         (["--out", tmp_path / "new", "--sample", "7"], "has not finished"),
-    ]  # fmt: skip
+    ]
     monkeypatch.chdir(tmp_path)
     assert_refused(sd3, cases, out, monkeypatch, capfd)
 
@@ -362,33 +430,42 @@ def test_lora_run_resumes_and_writes_its_file(model, tmp_path):
     done = drive("sd3.py", *arguments)
     assert done.returncode == 0, done.stderr
     lora = load_file(tmp_path / "lora.safetensors")
-    assert all(name.startswith("transformer.") for name in lora) and lora["transformer.pos_embed.proj.lora_A.weight"].shape == (16, 16, 1, 1)
+    assert all(name.startswith("transformer.") for name in lora)
+    assert lora["transformer.pos_embed.proj.lora_A.weight"].shape == (16, 16, 1, 1)
     before = (tmp_path / "generator.safetensors").read_bytes()
-    fgm.shutil.rmtree(tmp_path / "checkpoints" / "distill-000000006")
+    shutil.rmtree(tmp_path / "checkpoints" / "distill-000000006")
     done = drive("sd3.py", *arguments)
     assert done.returncode == 0 and (tmp_path / "generator.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("rank, checkpointing", [(0, False), (0, True), (16, True)])
-def test_memory_estimate_against_the_allocator(model, rank, checkpointing):
+@pytest.mark.parametrize("lora_rank, checkpointing", [(0, False), (0, True), (16, True)])
+def test_memory_estimate_against_the_allocator(model, lora_rank, checkpointing):
     config = json.loads((model / "transformer" / "config.json").read_text())
 
     def work():
-        subject = bench.miniature(CPU, 16, rank, False, checkpointing, config)
+        subject = bench.miniature(CPU, 16, lora_rank, False, checkpointing, config)
         bench.step_times(subject, 1, micro_batch=8)
 
-    estimate = sum(sd3.memory_estimate(config, rank, checkpointing, False, 8, 4, 4, 272, 4.0, 1, True).values())
-    assert bench.peak_bytes(work, CPU) == pytest.approx(estimate, rel=0.1)
+    estimate = memory_estimate(config, lora_rank, checkpointing, False, 8, 4, 4, 272, 4.0, 1, True)
+    assert bench.peak_bytes(work, CPU) == pytest.approx(sum(estimate.values()), rel=0.1)
 
 
 def test_memory_estimate_counts_the_state():
-    medium = dict(sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
-                  caption_projection_dim=1536, pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192)  # fmt: skip
-    state = "weights, gradients, Adam, EMA"
-    one, two = (sd3.memory_estimate(medium, None, True, True, 1, 128, 128, 333, 4.0, processes, True)[state] for processes in (1, 2))
+    medium = dict(
+        sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64,
+        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536,
+        pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192,
+    )
+
+    def state(lora_rank, processes, ema):
+        estimate = memory_estimate(medium, lora_rank, True, True, 1, 128, 128, 333, 4.0, processes, ema)
+        return estimate["weights, gradients, Adam, EMA"]
+
     weights = 2_028_328_000  # as published: 2.03 billion
-    assert one == pytest.approx(weights * (2 + 2 * 12 + 4 + 4), rel=0.001) and two == one / 2
-    lora = sd3.memory_estimate(medium, 64, True, True, 1, 128, 128, 333, 4.0, 1, False)[state]
-    block = 64 * 1536 * (2 * 4 * 2 + 2 * 2 * 5)  # eight square layers, two feed-forward parts of two layers with 1 and 4 times the width
+    assert state(None, 1, True) == pytest.approx(weights * (2 + 2 * 12 + 4 + 4), rel=0.001)
+    assert state(None, 2, True) == state(None, 1, True) / 2
+    # Eight square layers, two feed-forward parts of two layers with 1 and 4 times the width.
+    block = 64 * 1536 * (2 * 4 * 2 + 2 * 2 * 5)
     missing = 64 * 1536 * (2 + 2 * 5)  # the last block's text stream ends with its attention
-    assert lora == pytest.approx(weights * 2 + (24 * block - missing) * (2 * 12 + 4), rel=0.001)
+    expected = weights * 2 + (24 * block - missing) * (2 * 12 + 4)
+    assert state(64, 1, False) == pytest.approx(expected, rel=0.001)

@@ -1,13 +1,15 @@
 """The Flow Product Identity (4.7) and Theorem 4.2, to machine precision.
 
-z takes K fixed codes with equal weight, so for any generator g the induced path p_t is exactly the Gaussian mixture with means (1 - t) g(z_k)
-and covariance t^2 I, and its velocity v is known in closed form, with gradients. The path noise is integrated by tensor Gauss-Hermite nodes."""
+z takes K fixed codes with equal weight, so for any generator g the induced path p_t is exactly the Gaussian
+mixture with means (1 - t) g(z_k) and covariance t^2 I, and its velocity v is known in closed form, with
+gradients. The path noise is integrated by tensor Gauss-Hermite nodes."""
 
 import numpy as np
 import pytest
 import torch
 
 import fgm
+from toy2d import VelocityMLP
 
 K, D = 5, 2
 
@@ -21,7 +23,8 @@ def make_target(seed):
     random = torch.Generator().manual_seed(seed)
     roots = 0.5 * torch.randn(3, D, D, generator=random, dtype=torch.float64)
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    return fgm.GaussianMixture(weights, 1.5 * torch.randn(3, D, generator=random, dtype=torch.float64), roots @ roots.mT + 0.05 * torch.eye(D))
+    means = 1.5 * torch.randn(3, D, generator=random, dtype=torch.float64)
+    return fgm.GaussianMixture(weights, means, roots @ roots.mT + 0.05 * torch.eye(D))
 
 
 def nodes(n=100):
@@ -55,7 +58,8 @@ def relative_error(generator, target, t, losses):
     true = torch.autograd.grad((weights * fgm.dot(gap, gap)).sum(), parameters)
 
     online = induced(generator(codes).detach())
-    ours = torch.autograd.grad((weights * losses(target.velocity, online, generator(codes_), noise_, times)).sum(), parameters)
+    found = losses(target.velocity, online, generator(codes_), noise_, times)
+    ours = torch.autograd.grad((weights * found).sum(), parameters)
     flat = [torch.cat([g.flatten() for g in grads]) for grads in (true, ours)]
     return ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
 
@@ -63,8 +67,8 @@ def relative_error(generator, target, t, losses):
 @pytest.mark.parametrize("t", [0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_theorem_4_2(seed, t):
-    error = relative_error(make_generator(seed), make_target(seed + 10), t, lambda *a: sum(fgm.fgm_losses(*a)))
-    assert error < 1e-10
+    generator, target = make_generator(seed), make_target(seed + 10)
+    assert relative_error(generator, target, t, lambda *a: sum(fgm.fgm_losses(*a))) < 1e-10
 
 
 def wrong_sign(teacher, flow, x0, noise, t):
@@ -109,11 +113,12 @@ def test_flow_product_identity(t):
 
 
 def test_identity_needs_fresh_noise():
-    """With z itself as path noise, x0 and noise are dependent and (4.7) fails: the correlated sum is far from the true one."""
+    """With z itself as path noise, x0 and noise are dependent and (4.7) fails: the sums differ widely."""
     torch.manual_seed(3)
     z = torch.randn(200_000, D, dtype=torch.float64)
     x0, f, t = 0.8 * z, make_target(4).velocity, torch.full((len(z),), 0.5, dtype=torch.float64)
-    v = fgm.GaussianMixture(torch.ones(1), torch.zeros(1, D), 0.64 * torch.eye(D)[None]).velocity  # x0 ~ N(0, 0.64 I): exact
+    exact = fgm.GaussianMixture(torch.ones(1), torch.zeros(1, D), 0.64 * torch.eye(D)[None])  # of x0
+    v = exact.velocity
 
     def gap(noise):
         xt = fgm.interpolate(x0, noise, t)
@@ -127,17 +132,19 @@ def test_identity_needs_fresh_noise():
 def test_sid_identity():
     """2 <u - v, (u - c) - alpha (u - v)> = L2 + (2 - 2 alpha) L1 (SiD, arXiv 2404.04057)."""
     torch.manual_seed(0)
-    x0, noise, t = torch.randn(64, D, dtype=torch.float64), torch.randn(64, D, dtype=torch.float64), 0.05 + 0.9 * torch.rand(64, dtype=torch.float64)
+    x0, noise = torch.randn(64, D, dtype=torch.float64), torch.randn(64, D, dtype=torch.float64)
+    t = 0.05 + 0.9 * torch.rand(64, dtype=torch.float64)
     teacher, flow = make_target(1).velocity, make_target(2).velocity
     l1, l2 = fgm.fgm_losses(teacher, flow, x0, noise, t)
     xt = fgm.interpolate(x0, noise, t)
     u, v, c = teacher(xt, t), flow(xt, t), noise - x0
     for alpha in (0.5, 1.0, 1.2):
-        torch.testing.assert_close(2 * fgm.dot(u - v, (u - c) - alpha * (u - v)), l2 + (2 - 2 * alpha) * l1, rtol=1e-12, atol=1e-12)
+        sid = 2 * fgm.dot(u - v, (u - c) - alpha * (u - v))
+        torch.testing.assert_close(sid, l2 + (2 - 2 * alpha) * l1, rtol=1e-12, atol=1e-12)
 
 
 def test_no_gradient_reaches_teacher_or_flow():
-    teacher, flow = fgm.VelocityMLP(), fgm.VelocityMLP()
+    teacher, flow = VelocityMLP(), VelocityMLP()
     x0 = torch.randn(8, 2, requires_grad=True)
     l1, l2 = fgm.fgm_losses(teacher, flow, x0, torch.randn(8, 2), torch.rand(8))
     (l1 + l2).sum().backward()

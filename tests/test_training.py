@@ -1,4 +1,4 @@
-"""The two training loops: learning, resuming, several processes, faults."""
+"""The two training loops and the runs around them: learning, resuming, several processes, faults."""
 
 import copy
 import json
@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -15,13 +16,18 @@ from helpers import ENV, ROOT, command, drive
 from safetensors.torch import load_file
 
 import fgm
+import toy2d
+from parts import run
+from parts.flags import Setting
 
-SMALL = ["--device", "cpu", "--batch", "16", "--teacher-steps", "30", "--steps", "40", "--save-every", "10", "--log-every", "10", "--samples", "500"]
+SMALL = ["--device", "cpu", "--batch", "16", "--teacher-steps", "30", "--steps", "40", "--save-every", "10"]
+SMALL += ["--log-every", "10", "--samples", "500"]
+COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 def networks(seed=0):
     torch.manual_seed(seed)
-    teacher = fgm.VelocityMLP(width=16, depth=2)
+    teacher = toy2d.VelocityMLP(width=16, depth=2)
     return teacher, fgm.OneStepGenerator(copy.deepcopy(teacher), 0.8), copy.deepcopy(teacher)
 
 
@@ -31,65 +37,52 @@ def weights(net):
 
 def distilled(**settings):
     teacher, generator, flow = networks()
-    return weights(fgm.distill(teacher, generator, flow, (2,), **{"steps": 8, "batch": 12, "lr": 1e-3, "l1_weight": 1.0, **settings})[0])
+    settings = {"steps": 8, "batch": 12, "lr": 1e-3, "l1_weight": 1.0} | settings
+    return weights(fgm.distill(teacher, generator, flow, (2,), **settings)[0])
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_networks(out, other):
+    for name in ("teacher.safetensors", "generator.safetensors"):
+        a, b = load_file(out / name), load_file(other / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def logged(out):
+    """(phase, step) of every line of the log."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(line["phase"], line["step"]) for line in lines]
+
+
+ALL_LINES = [("teacher", s) for s in (10, 20, 30)] + [("distill", s) for s in (10, 20, 30, 40)]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An uninterrupted run of the command line."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = drive("fgm.py", *SMALL, "--out", out)
+    done = drive("toy2d.py", *SMALL, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
 
-def test_command_line_writes_what_it_promises(finished):
-    out, printed = finished
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["teacher"].keys() == {"1", "2", "5", "10", "50"} and math.isfinite(metrics["one_step"])
-    assert f"{1000 * metrics['one_step']:.3f}" in printed
-    z = fgm.Draws(500, "cpu", 0, 9).normal((2,))
-    config = json.loads((out / "config.json").read_text())
-    net = fgm.VelocityMLP(**config["network"])
-    net.load_state_dict(load_file(out / "generator.safetensors"))
-    samples = fgm.OneStepGenerator(net, **config["generator"])(z).detach()
-    assert fgm.energy_distance(samples, fgm.toy_data("8gaussians", 500, 1)) == pytest.approx(metrics["one_step"], rel=1e-5)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [(line["phase"], line["step"]) for line in log] == [("teacher", s) for s in (10, 20, 30)] + [("distill", s) for s in (10, 20, 30, 40)]
-    assert log[-1]["l2_gradient_at_x0"] > 0 and (out / "samples.png").stat().st_size > 1000
+# ------------------------------------------------------------------------------------------------------------
+# The loops
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_run_moves_the_weights_alike():
-    plain, compiled = distilled(steps=3, log_every=1), distilled(steps=3, log_every=1, compile=True)
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_run_moves_the_weights_alike(tmp_path):
+    plain = distilled(steps=3, run=run.FolderRun(tmp_path / "plain", log_every=1))
+    compiled = distilled(steps=3, run=run.FolderRun(tmp_path / "compiled", log_every=1), compile=True)
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("phase", ["teacher-000000010", "distill-000000020"])
-def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, phase):
-    process = subprocess.Popen(command("fgm.py", *SMALL, "--out", tmp_path), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "checkpoints" / phase).exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "metrics.json").exists()
-    done = drive("fgm.py", *SMALL, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    for name in ("teacher.safetensors", "generator.safetensors"):
-        one, other = load_file(finished[0] / name), load_file(tmp_path / name)
-        assert all(torch.equal(one[key], other[key]) for key in one)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert steps == [10, 20, 30, 10, 20, 30, 40]
-
-
-def test_two_processes_equal_one(finished, tmp_path):
-    done = drive("fgm.py", *SMALL, "--out", tmp_path, "--micro-batch", 4, processes=2)
-    assert done.returncode == 0, done.stderr
-    for name in ("teacher.safetensors", "generator.safetensors"):
-        one, other = load_file(finished[0] / name), load_file(tmp_path / name)
-        assert all((one[key] - other[key]).norm() <= 1e-4 * one[key].norm() for key in one)
-    more = drive("fgm.py", *SMALL, "--out", tmp_path, "--steps", 50, "--resume")  # two processes' checkpoint, resumed by one
-    assert more.returncode == 0 and "steps 40 -> 50" in more.stdout, more.stderr
+def test_log_and_checkpoints_change_nothing(tmp_path):
+    assert torch.equal(distilled(), distilled(run=run.FolderRun(tmp_path, save_every=3, log_every=2)))
 
 
 def test_accumulation_equals_one_batch():
@@ -127,33 +120,159 @@ def test_conditions_reach_every_network_and_follow_the_seeds():
 
     nets = [Labelled() for _ in range(3)]
     generator = fgm.OneStepGenerator(nets[1], 0.9)
-    fgm.distill(nets[0], generator, nets[2], (2,), steps=2, batch=6, conditions=lambda seeds: {"labels": seeds % 10})
-    flow_labels, generator_labels = (fgm.Draws(6, "cpu", 0, *key).seeds() % 10 for key in ((1, 0, 0), (2, 0)))
-    assert seen[:5] == [flow_labels.tolist()] * 2 + [generator_labels.tolist()] * 3  # generator, flow; generator, teacher, flow: no other pass, unless a step logs
+    conditions = lambda seeds: {"labels": seeds % 10}  # noqa: E731
+    fgm.distill(nets[0], generator, nets[2], (2,), steps=2, batch=6, conditions=conditions)
+    flow_labels = (fgm.Draws(6, "cpu", 0, fgm.ONLINE_FLOW, 0, 0).seeds() % 10).tolist()
+    generator_labels = (fgm.Draws(6, "cpu", 0, fgm.GENERATOR, 0).seeds() % 10).tolist()
+    # generator, flow; generator, teacher, flow: no other pass, unless a step logs
+    assert seen[:5] == [flow_labels] * 2 + [generator_labels] * 3 and len(seen) == 10
 
 
 def test_train_flow_learns_a_gaussian():
     """The velocity of N(0, s^2) is linear in x; a network trained by ReFlow must find it."""
     torch.manual_seed(0)
     data = 0.5 * torch.randn(50_000, 2)
-    net, _ = fgm.train_flow(fgm.VelocityMLP(width=32, depth=2), lambda seeds: (data[seeds % len(data)], {}), steps=400, batch=256, lr=3e-3,
-                            betas=(0.9, 0.999), lr_decay=200, ema_decay=0.99)  # fmt: skip
-    exact = fgm.GaussianMixture([1.0], torch.zeros(1, 2), 0.25 * torch.eye(2)[None])
-    x, t = fgm.interpolate(data[:4000], torch.randn(4000, 2), torch.full((4000,), 0.5)), torch.full((4000,), 0.5)
-    error = fgm.dot(net(x, t) - exact.velocity(x, t), net(x, t) - exact.velocity(x, t)).mean() / fgm.dot(exact.velocity(x, t), exact.velocity(x, t)).mean()
-    assert error < 0.02
+    net = toy2d.VelocityMLP(width=32, depth=2)
+    settings = dict(steps=400, batch=256, lr=3e-3, betas=(0.9, 0.999), lr_decay=0.5, ema_decay=0.99)
+    net, _ = fgm.train_flow(net, lambda seeds: (data[seeds % len(data)], {}), **settings)
+    mixture = fgm.GaussianMixture([1.0], torch.zeros(1, 2), 0.25 * torch.eye(2)[None])
+    t = torch.full((4000,), 0.5)
+    x = fgm.interpolate(data[:4000], torch.randn(4000, 2), t)
+    exact = mixture.velocity(x, t)
+    error = net(x, t) - exact
+    assert fgm.dot(error, error).mean() < 0.02 * fgm.dot(exact, exact).mean()
 
 
 def test_divergence_names_step_and_term_and_keeps_the_checkpoint(tmp_path):
-    teacher, generator, flow = networks()
     calls = iter(range(1000))
 
-    def failing(x, t):
-        return teacher(x, t) * (math.nan if next(calls) >= 13 else 1)
+    def failing_from_13(teacher):
+        return lambda x, t: teacher(x, t) * (math.nan if next(calls) >= 13 else 1)
 
-    with pytest.raises(fgm.Diverged, match=r"l1 is not finite at step 13; the last good checkpoint is .*distill-000000010"):
-        fgm.distill(failing, generator, flow, (2,), steps=20, batch=8, save_every=5, log_every=20, out=tmp_path)
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["distill-000000005", "distill-000000010"]
+    teacher, generator, flow = networks()
+    kept = r"l1 is not finite at step 13; the last good checkpoint is .*distill-000000010"
+    with pytest.raises(fgm.Diverged, match=kept):
+        around = run.FolderRun(tmp_path, save_every=5, log_every=20)
+        fgm.distill(failing_from_13(teacher), generator, flow, (2,), steps=20, batch=8, run=around)
+    names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert names == ["distill-000000005", "distill-000000010"]
+
+    teacher, generator, flow = networks()
+    calls = iter(range(1000))
+    with pytest.raises(fgm.Diverged, match="l1 is not finite at step 13; there is no checkpoint yet"):
+        fgm.distill(failing_from_13(teacher), generator, flow, (2,), steps=20, batch=8)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run in a folder: what it writes, and going on with it
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_command_line_writes_what_it_promises(finished):
+    out, printed = finished
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["teacher"].keys() == {"1", "2", "5", "10", "50"} and math.isfinite(metrics["one_step"])
+    assert f"{1000 * metrics['one_step']:.3f}" in printed
+    z = fgm.Draws(500, "cpu", 0, fgm.SCORES).normal((2,))
+    config = json.loads((out / "config.json").read_text())
+    net = toy2d.VelocityMLP(**config["network"])
+    net.load_state_dict(load_file(out / "generator.safetensors"))
+    samples = fgm.OneStepGenerator(net, **config["generator"])(z).detach()
+    distance = toy2d.energy_distance(samples, toy2d.toy_data("8gaussians", 500, 1))
+    assert distance == pytest.approx(metrics["one_step"], rel=1e-5)
+    assert logged(out) == ALL_LINES
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert last["l2_gradient_at_x0"] > 0 and (out / "samples.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "phase, blow",
+    [
+        ("teacher-000000010", signal.SIGKILL),
+        ("distill-000000020", signal.SIGKILL),
+        ("distill-000000010", signal.SIGTERM),
+    ],
+)
+def test_stopped_and_resumed_equals_uninterrupted(finished, tmp_path, phase, blow):
+    line = command("toy2d.py", *SMALL, "--out", tmp_path)
+    process = subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "checkpoints" / phase).exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(blow)
+    _, stderr = process.communicate()
+    assert not (tmp_path / "metrics.json").exists()
+    if blow == signal.SIGTERM:
+        assert process.returncode == 143, stderr
+        assert stderr == "toy2d.py: stopped; the same command goes on from the last checkpoint\n"
+    done = drive("toy2d.py", *SMALL, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_networks(finished[0], tmp_path)
+    assert logged(tmp_path) == ALL_LINES
+
+
+def test_stopping_while_a_checkpoint_is_written_is_no_fault_of_the_disk(tmp_path, monkeypatch, capfd):
+    """torch.distributed.checkpoint wraps whatever is raised inside it, SystemExit and Ctrl-C included."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    def main():
+        distilled(run=run.FolderRun(tmp_path, save_every=4))
+
+    handler = signal.getsignal(signal.SIGTERM)
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        blow = lambda *_, number=number: signal.raise_signal(number)  # noqa: E731
+        monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", blow)
+        with pytest.raises(SystemExit) as stopped:
+            run.command(main)
+        assert stopped.value.code == status
+        assert capfd.readouterr().err.splitlines()[-1].endswith(run.STOPPED)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_two_processes_equal_one(finished, tmp_path):
+    done = drive("toy2d.py", *SMALL, "--out", tmp_path, "--micro-batch", 4, processes=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("teacher.safetensors", "generator.safetensors"):
+        one, other = load_file(finished[0] / name), load_file(tmp_path / name)
+        assert all((one[key] - other[key]).norm() <= 1e-4 * one[key].norm() for key in one)
+    # two processes' checkpoint, resumed by one
+    more = drive("toy2d.py", *SMALL, "--out", tmp_path, "--steps", 50, "--resume")
+    assert more.returncode == 0 and "steps 40 -> 50" in more.stdout, more.stderr
+
+
+def test_broken_log_line_and_folders_of_others(finished, tmp_path):
+    """A last line that is cut off does not keep a run from going on; it removes its own checkpoints only."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(folder / "distill-000000040")
+    with open(tmp_path / "log.jsonl", "ab") as log:
+        log.write(b'{"phase": "distill", "st\xff')
+    others = ["distill-000000005-keep", "distill-1", "teacher-old"]
+    for name in others:
+        (folder / name).mkdir()
+        (folder / name / "note.txt").write_text("mine")
+    done = drive("toy2d.py", *SMALL, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_networks(finished[0], tmp_path)
+    assert logged(tmp_path) == ALL_LINES
+    own = ["distill-000000030", "distill-000000040", "teacher-000000020", "teacher-000000030"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(own + others)
+    run.FolderRun(tmp_path, resume="no").locks.pop().close()
+    assert sorted(path.name for path in folder.iterdir()) == others
+    assert all((folder / name / "note.txt").read_text() == "mine" for name in others)
+
+
+def test_second_run_in_the_same_folder_is_refused(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    first = run.FolderRun(tmp_path)
+    before = contents(tmp_path)
+    done = drive("toy2d.py", *SMALL, "--out", tmp_path, "--overwrite")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"another run is at work in {tmp_path}" in done.stderr
+    assert contents(tmp_path) == before
+    with pytest.raises(fgm.InputError, match="another run is at work"):
+        run.FolderRun(tmp_path)
+    first.locks.pop().close()
+    run.FolderRun(tmp_path).locks.pop().close()
 
 
 def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, tmp_path):
@@ -163,13 +282,46 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, 
     content = bytearray(tensors.read_bytes())
     for damaged in (content[: len(content) // 2], content[:-8] + bytes(8)):
         tensors.write_bytes(damaged)
-        done = drive("fgm.py", *SMALL, "--out", tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"{newest} is damaged" in done.stderr and before.name in done.stderr
+        done = drive("toy2d.py", *SMALL, "--out", tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"{newest} is damaged" in done.stderr and before.name in done.stderr
     shutil.rmtree(newest)
-    done = drive("fgm.py", *SMALL, "--out", tmp_path)
+    done = drive("toy2d.py", *SMALL, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    one, other = (load_file(out / "generator.safetensors") for out in (finished[0], tmp_path))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert_same_networks(finished[0], tmp_path)
+
+
+def test_checkpoint_of_another_network_is_refused(finished, tmp_path):
+    """Whole and unchanged, but of tensors that do not fit: the same refusal, whatever torch raises."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    teacher, generator, flow = networks()
+    around = run.FolderRun(tmp_path, resume="any")
+    with pytest.raises(fgm.InputError, match="distill-000000040 is damaged or not a checkpoint of this run"):
+        fgm.distill(teacher, generator, flow, (2,), steps=50, batch=8, run=around)
+
+
+def test_other_settings_in_the_folder(finished):
+    out, _ = finished
+    before = contents(out)
+    done = drive("toy2d.py", *SMALL, "--out", out, "--lr", "0.001")
+    assert done.returncode == 2 and "lr 0.002 -> 0.001" in done.stderr and done.stderr.count("\n") == 1
+    assert contents(out) == before
+
+
+def test_full_disk_keeps_the_checkpoint_before(finished, tmp_path):
+    """A limit on the size of files stands for the disk: the checkpoint cannot be written."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path / "checkpoints")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
+    done = drive("toy2d.py", *SMALL, "--out", tmp_path, "--steps", 50, "--resume", preexec_fn=limit)
+    assert done.returncode == 2 and "cannot write the checkpoint" in done.stderr
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert contents(tmp_path / "checkpoints") == before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command lines, files, noise
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,35 +329,58 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, 
     [
         (["--data", "nothing"], "invalid choice: 'nothing'"),
         (["--colour", "red"], "unrecognized arguments"),
-        (["--steps", "0"], "argument --steps: must be a positive number, got 0"),
-        (["--batch", "-4"], "argument --batch: must be a positive number, got -4"),
-        (["--lr", "nan"], "argument --lr: must be a positive number, got nan"),
+        (["--steps", "0"], "argument --steps: must be in [1, 1e9], got 0"),
+        (["--batch", "-4"], "argument --batch: must be in [1, 1e9], got -4"),
+        (["--lr", "nan"], "argument --lr: must be in (0, inf), got nan"),
+        (["--lr", "inf"], "argument --lr: must be in (0, inf), got inf"),
         (["--lr", "many"], "invalid float value"),
-        (["--t-star", "1.5"], "t_star must lie in (0, 1]"),
+        (["--lr-decay", "1.5"], "argument --lr-decay: must be in [0, 1], got 1.5"),
+        (["--ema", "1"], "argument --ema: must be in [0, 1), got 1.0"),
+        (["--t-star", "1.5"], "argument --t-star: must be in (0, 1], got 1.5"),
+        (["--t-flow", "0", "-1"], "argument --t-flow: must be in [0, 20], got -1.0"),
         (["--micro-batch", "5"], "global batch 16"),
         (["--out", str(ROOT / "README.md")], "cannot write to the output folder"),
         (["--out", "/proc/runs"], "cannot write to the output folder"),
     ],
 )
-def test_bad_command_lines(arguments, message, tmp_path):
-    done = drive("fgm.py", *SMALL, *(["--out", tmp_path / "x"] if "--out" not in arguments else []), *arguments)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert not list(tmp_path.glob("x/*"))
+def test_bad_command_lines(arguments, message, tmp_path, monkeypatch, capfd):
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "x")]
+    monkeypatch.setattr(sys, "argv", ["toy2d.py", *SMALL, *out, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run.command(toy2d.main)
+    error = capfd.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("toy2d.py: ") and message in error, error
+    assert error.count("\n") == 1 and not list(tmp_path.glob("x/*"))
 
 
-def test_other_settings_in_the_folder(finished):
-    out, _ = finished
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    done = drive("fgm.py", *SMALL, "--out", out, "--lr", "0.001")
-    assert done.returncode == 2 and "lr 0.002 -> 0.001" in done.stderr and done.stderr.count("\n") == 1
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+def test_a_list_of_numbers_is_checked_one_by_one():
+    widths = Setting(int, "[1, 8]", "", "+")
+    widths.check("widths", [1, 8])
+    with pytest.raises(fgm.InputError, match=r"widths must be in \[1, 8\], got 9"):
+        widths.check("widths", [1, 9])
 
 
-def test_full_disk_keeps_the_checkpoint_before(finished, tmp_path):
-    """A limit on the size of files stands for the disk: the checkpoint cannot be written."""
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    before = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
-    done = subprocess.run(command("fgm.py", *SMALL, "--out", tmp_path, "--steps", 50, "--resume"), capture_output=True, text=True, env=ENV, preexec_fn=limit)
-    assert done.returncode == 2 and "cannot write the checkpoint" in done.stderr and "File too large" in done.stderr and "Traceback" not in done.stderr
-    assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == before
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    path = tmp_path / "metrics.json"
+    run.write_json(path, {"a": 1})
+    refused = pytest.raises(fgm.InputError, match=r"cannot write .*metrics\.json")
+    with refused, run.atomically(path) as temporary:
+        temporary.write_text("half of")
+        raise OSError(28, "No space left on device")
+    assert run.read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_noise_of_a_seed_is_its_own():
+    """Alone, in company, and for seeds that differ only above 32 bits."""
+    seeds = torch.tensor([5, 6, 5 + 2**32, 2**62])
+    noise = run.noise_from(seeds, (4, 500), "cpu")
+    assert torch.equal(noise[1:2], run.noise_from(seeds[1:2], (4, 500), "cpu"))
+    correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(4)
+    assert correlation.abs().max() < 0.1 and abs(noise.std().item() - 1) < 0.05
+
+
+def test_import_is_light():
+    heavy = {"diffusers", "transformers", "sklearn", "matplotlib", "PIL", "torchvision"}
+    code = f"import sys, fgm, toy2d, cifar, sd3, tiny_sd3, bench; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

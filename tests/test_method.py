@@ -1,11 +1,7 @@
-"""Path, generator, sampler, guidance, mixture, distance: conventions and closed forms."""
+"""fgm.py: path, generator, sampler, guidance, settings, draws, mixture: conventions and closed forms."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -66,16 +62,20 @@ def test_guidance():
 
 def mixture():
     covs = [[[0.5, 0.2], [0.2, 0.3]], [[0.1, 0.0], [0.0, 0.0]]]
-    return fgm.GaussianMixture([1.0, 3.0], [[1.0, 0.0], [-1.0, 2.0]], covs), torch.tensor(covs, dtype=torch.float64)
+    target = fgm.GaussianMixture([1.0, 3.0], [[1.0, 0.0], [-1.0, 2.0]], covs)
+    return target, torch.tensor(covs, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("t", [0.05, 0.5, 1.0])
 def test_mixture_velocity_from_the_score(t):
-    """v = -(x + t score) / (1 - t) for t < 1, and at t = 1 v = x - E[x0]; the density by torch.distributions, its score by autograd."""
+    """v = -(x + t score) / (1 - t) for t < 1, and at t = 1 v = x - E[x0].
+
+    The density is that of torch.distributions, its score by autograd."""
     target, covs = mixture()
     x = torch.randn(32, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     times = torch.full((32,), t, dtype=torch.float64)
-    normal = torch.distributions.MultivariateNormal((1 - t) * target.means, (1 - t) ** 2 * covs + t**2 * torch.eye(2, dtype=torch.float64))
+    noised = (1 - t) ** 2 * covs + t**2 * torch.eye(2, dtype=torch.float64)
+    normal = torch.distributions.MultivariateNormal((1 - t) * target.means, noised)
     density = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(target.weights), normal)
     score = torch.autograd.grad(density.log_prob(x).sum(), x)[0]
     expected = x - target.weights @ target.means if t == 1 else -(x + t * score) / (1 - t)
@@ -102,20 +102,6 @@ def test_mixture_samples():
     torch.testing.assert_close(torch.cov(x.T), cov, rtol=0, atol=0.02)
 
 
-def test_energy_distance_against_the_definition():
-    x, y = fgm.toy_data("moons", 900, 1).double(), 1.2 * fgm.toy_data("rings", 800, 2).double()
-    xy, xx, yy = torch.cdist(x, y), torch.cdist(x, x), torch.cdist(y, y)
-    direct = 2 * xy.mean() - xx.sum() / (900 * 899) - yy.sum() / (800 * 799)
-    assert fgm.energy_distance(x, y) == pytest.approx(direct.item(), rel=5e-3)
-    assert abs(fgm.energy_distance(fgm.toy_data("moons", 20_000, 1), fgm.toy_data("moons", 20_000, 2))) < 5e-4
-
-
-@pytest.mark.parametrize("name", fgm.DATA)
-def test_data_sets_are_about_unit(name):
-    x = fgm.toy_data(name, 50_000)
-    assert x.mean(0).abs().max() < 0.4 and 0.5 < x.std() < 1.5
-
-
 def test_draws_do_not_depend_on_micro_batches_and_differ_by_step():
     a, b, c = (fgm.Draws(8, "cpu", 0, 1, step) for step in (5, 5, 6))
     first = a.normal((3,))
@@ -124,6 +110,7 @@ def test_draws_do_not_depend_on_micro_batches_and_differ_by_step():
 
 
 X, T = torch.zeros(4, 2), torch.full((4,), 0.5)
+LEANING = torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])
 
 
 @pytest.mark.parametrize(
@@ -142,10 +129,9 @@ X, T = torch.zeros(4, 2), torch.full((4,), 0.5)
         (lambda: fgm.GaussianMixture([-1.0, 2.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
         (lambda: fgm.GaussianMixture([0.0, 0.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
         (lambda: fgm.GaussianMixture([1.0], torch.zeros(1, 2), -torch.eye(2)[None]), "semi-definite"),
-        (lambda: fgm.GaussianMixture([1.0], torch.zeros(1, 2), torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])), "symmetric"),
+        (lambda: fgm.GaussianMixture([1.0], torch.zeros(1, 2), LEANING), "symmetric"),
         (lambda: fgm.GaussianMixture([1.0], torch.zeros(1, 2), torch.zeros(1, 3, 3)), "shapes"),
         (lambda: gaussian(0, 1)(X, 0 * T), r"\(0, 1\]"),
-        (lambda: fgm.toy_data("circles", 10), "unknown data set"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -153,33 +139,39 @@ def test_bad_input_is_named(call, message):
         call()
 
 
-def test_noise_of_a_seed_is_its_own():
-    """Alone, in company, and for seeds that differ only above 32 bits."""
-    seeds = torch.tensor([5, 6, 5 + 2**32, 2**62])
-    noise = fgm.noise_from(seeds, (4, 500), "cpu")
-    assert torch.equal(noise[1:2], fgm.noise_from(seeds[1:2], (4, 500), "cpu"))
-    correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(4)
-    assert correlation.abs().max() < 0.1 and abs(noise.std().item() - 1) < 0.05
+@pytest.mark.parametrize(
+    "allowed, inside, outside",
+    [
+        ("(0, 1]", [1e-9, 0.5, 1], [0, -0.1, 1.0001, math.inf]),
+        ("[0, 1)", [0, 0.999], [-1e-9, 1, math.inf]),
+        ("[-10, 10]", [-10, 0, 10], [-10.1, 10.1, -math.inf]),
+        ("(0, inf)", [1e-30, 1e30], [0, -1, math.inf]),
+        ("(-inf, inf)", [-1e30, 0], [math.inf, -math.inf]),
+        (["none", "sid"], ["none", "sid"], ["", "SiD"]),
+        (("[-20, 20]", "[0, 20]"), [(-20, 0), (20, 20)], [(0, -1), (-21, 1), (math.nan, 1), (0, math.inf)]),
+    ],
+)
+def test_ranges_with_open_and_closed_ends(allowed, inside, outside):
+    for value in [None, *inside]:
+        fgm.check_setting("name", value, allowed)
+    for value in outside if isinstance(allowed, list | tuple) else [*outside, math.nan]:
+        with pytest.raises(fgm.InputError, match="^name must be "):
+            fgm.check_setting("name", value, allowed)
 
 
-def test_frechet_distance_of_known_gaussians():
-    n = torch.randn(200_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    a, b = n @ torch.tensor([[1.0, 0.5], [0.0, 1.0]]).double(), 1 + 2 * n
-    root = torch.linalg.svdvals(torch.tensor([[1.0, 0.5], [0.0, 1.0]]).double()).sum()  # tr (A^T A)^(1/2)
-    expected = 2 + (2 + 0.25) + 8 - 2 * 2 * root.item()
-    assert fgm.frechet_distance(a, b) == pytest.approx(expected, rel=0.01) and fgm.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-
-
-def test_grid_places_images_row_by_row(tmp_path):
-    from PIL import Image
-
-    images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2) * 50
-    fgm.save_grid(tmp_path / "grid.png", images, columns=2, least=4)
-    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "grid.png").convert("L"))).long()
-    expected = torch.tensor([[0, 50], [100, 0]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
-    assert torch.equal(pixels, expected)
-
-
-def test_import_is_light():
-    code = "import sys, fgm; print(sorted({'diffusers', 'transformers', 'sklearn', 'matplotlib', 'PIL'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(fgm.__file__).parent, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+def test_whole_numbers_and_every_setting_of_the_loops():
+    fgm.check_setting("batch", 3.0, "[1, 1e9]", whole=True)
+    with pytest.raises(fgm.InputError, match=r"batch must be a whole number in \[1, 1e9\], got 2.5"):
+        fgm.check_settings(batch=2.5)
+    net = torch.nn.Linear(2, 2)
+    both = dict(steps=1, batch=4)
+    bad = dict(steps=0, batch=math.nan, lr=math.inf, lr_decay=1.5, clip=0, ema_decay=1, seed=-1)
+    bad |= dict(t_flow=(0, -1), lr_warmup=-1, precision="fp16")
+    for name, value in bad.items():
+        with pytest.raises(fgm.InputError, match=f"^{name} must be "):
+            fgm.train_flow(net, None, **both | {name: value})
+        with pytest.raises(fgm.InputError, match=f"^{name} must be "):
+            fgm.distill(None, fgm.OneStepGenerator(net, 0.9), net, (2,), **both | {name: value})
+    for name, value in dict(flow_lr=-1, l1_weight=math.nan, loss_scale=0, flow_updates=0.5).items():
+        with pytest.raises(fgm.InputError, match=f"^{name} must be "):
+            fgm.distill(None, fgm.OneStepGenerator(net, 0.9), net, (2,), **both | {name: value})

@@ -1,0 +1,317 @@
+"""Images: files, data sets, drawing samples in batches, and the scores of samples.
+
+Images are uint8 tensors [N, C, R, R] wherever they are kept, float32 in -1..1 wherever a network sees them.
+"""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from fgm import InputError, per_sample, process_rank, world_size
+from parts.run import noise_from
+
+# ------------------------------------------------------------------------------------------------------------
+# Pixels and image files
+# ------------------------------------------------------------------------------------------------------------
+
+
+def to_float(pixels):
+    """uint8 0..255 -> float32 -1..1."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float -1..1 -> uint8 0..255, values outside clipped."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def read_image(path):
+    """A PIL image in RGB, whatever the mode of the file. Raises InputError, naming it, if unreadable."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read the image {path} ({error}); fix or remove it") from error
+
+
+def save_grid(path, images, columns=10, least=32):
+    """Write uint8 images [N, C, H, W], C 1 or 3, row by row as one PNG.
+
+    Small images are enlarged by a whole factor to a height of `least` pixels or more."""
+    from PIL import Image
+
+    n, c, h, w = images.shape
+    rows = math.ceil(n / columns)
+    zoom = math.ceil(least / h)
+    canvas = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
+    canvas[:n] = images
+    canvas = canvas.view(rows, columns, c, h, w)  # [N, C, H, W] -> [rows, columns, C, H, W]
+    canvas = canvas.permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)  # -> [rows H, columns W, C]
+    canvas = canvas.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    Image.fromarray(canvas.expand(-1, -1, 3).numpy()).save(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data sets
+# ------------------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+
+class Images(NamedTuple):
+    """pixels: uint8 [N, C, R, R]; labels: int64 [N], indices into classes."""
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    classes: list
+
+
+def load_images(data, resolution=None, cond=False):
+    """The training images of "cifar10" (downloaded on first use), "digits" (scikit-learn's, no network),
+    or a folder with one sub-folder per class. Returns Images.
+
+    Folders: greyscale, palette and alpha become RGB; resolution: centre-crop to a square and resize to it.
+    Raises InputError, naming the file, for images that cannot be read or, without resolution, are not all of
+    one square size; and for data sets that cannot be had."""
+    if data == "digits":
+        values, labels = digits()
+        pixels = (values * 255 / 16).round().to(torch.uint8)[:, None]  # [N, 8, 8] -> [N, 1, 8, 8]
+        images = Images(pixels, labels, [str(digit) for digit in range(10)])
+    elif data == "cifar10":
+        images = cifar10()
+    else:
+        images = image_folder(Path(data), resolution)
+    if cond and len(images.classes) < 2:
+        raise InputError(f"--cond needs at least two classes, {data} has {len(images.classes)}")
+    if resolution and images.pixels.shape[-1] != resolution:
+        raise InputError(f"{data} has resolution {images.pixels.shape[-1]}; --resolution is for folders")
+    return images
+
+
+@cache
+def digits():
+    """scikit-learn's handwritten digits: float64 values 0..16 [1797, 8, 8], int64 labels [1797]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.from_numpy(data.images), torch.from_numpy(data.target).long()
+
+
+def cifar10():
+    """CIFAR-10's training images; the first process downloads. Raises InputError on all if that fails."""
+    from torchvision.datasets import CIFAR10
+
+    root = Path.home() / ".cache" / "cifar10"
+    error = None
+    if process_rank() == 0:
+        try:
+            CIFAR10(root, download=True)
+        except (OSError, RuntimeError) as failure:  # urllib's errors are OSErrors
+            error = str(failure)
+    if world_size() > 1:
+        errors = [error]
+        dist.broadcast_object_list(errors)
+        error = errors[0]
+    if error:
+        raise InputError(f"cannot download CIFAR-10 to {root} ({error}); "
+                         "try --data digits (no download), or --data DIR for a folder of images")
+    dataset = CIFAR10(root)
+    return Images(channels_first(dataset.data), torch.tensor(dataset.targets), dataset.classes)
+
+
+def image_folder(root, resolution):
+    """load_images for a folder: every sub-folder of root is a class, its images lie at any depth inside."""
+    if not root.is_dir():
+        raise InputError(f"unknown data set {str(root)!r}: neither cifar10, digits nor a folder")
+    classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
+    pixels, labels = [], []
+    for label, name in enumerate(classes):
+        for path in sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+            image = read_image(path)
+            if resolution:
+                image = fit(image, resolution)
+            elif image.width != image.height or (pixels and image.width != pixels[0].shape[0]):
+                first = f"{pixels[0].shape[1]}x{pixels[0].shape[0]}" if pixels else "square"
+                raise InputError(f"{path} is {image.width}x{image.height}, not {first}; "
+                                 "--resolution R makes all images one size")
+            pixels.append(np.asarray(image))
+            labels.append(label)
+
+    empty = [name for label, name in enumerate(classes) if label not in set(labels)]
+    if empty:
+        raise InputError(f"{root} has no images in its sub-folder {empty[0]}")
+    if not pixels:
+        raise InputError(f"{root} has no sub-folders; it needs one a class, with the images inside")
+    return Images(channels_first(np.stack(pixels)), torch.tensor(labels), classes)
+
+
+def channels_first(pixels):
+    """A uint8 numpy array [N, R, R, C] as a tensor [N, C, R, R]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # [N, R, R, C] -> [N, C, R, R]
+
+
+def fit(image, resolution):
+    """A PIL image, cropped to its central square and resized to resolution x resolution."""
+    from PIL import Image, ImageOps
+
+    shrinks = min(image.size) >= resolution
+    method = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
+    return ImageOps.fit(image, (resolution, resolution), method)
+
+
+def data_functions(images, label_dim, flip, device):
+    """(data, conditions) as train_flow and distill take them: what int64 seeds [B] choose from the images."""
+    pixels, labels = images.pixels.to(device), images.labels.to(device)
+    n = len(pixels)
+
+    def conditions(seeds):
+        if not label_dim:
+            return {}
+        index = (seeds % n).to(device)
+        return {"class_labels": F.one_hot(labels[index], label_dim).float()}
+
+    def data(seeds):
+        x = to_float(pixels[(seeds % n).to(device)])
+        if flip:
+            flipped = per_sample((seeds // n % 2).to(device) == 1, x)
+            x = torch.where(flipped, x.flip(3), x)
+        return x, conditions(seeds)
+
+    return data, conditions
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Drawing samples
+# ------------------------------------------------------------------------------------------------------------
+
+
+def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=500):
+    """n images of sampler(noise, **cond) -> x0, uint8 [n, *shape], and their labels [n], on every CPU.
+
+    Image i has class classes[i % len(classes)] (by default all classes in turn) and noise that depends on
+    (seed, i) alone. A collective call: the processes share each batch. A last batch that is not full is
+    filled with images that are dropped, because sharded networks must be called by all processes."""
+    classes = torch.tensor(range(label_dim or 1) if classes is None else classes)
+    share = math.ceil(min(batch, n) / world_size())
+    images = []
+    for begin in range(0, n, share * world_size()):
+        indices = begin + process_rank() * share + torch.arange(share)
+        cond = {}
+        if label_dim:
+            labels = classes[indices % len(classes)]
+            cond["class_labels"] = F.one_hot(labels, label_dim).float().to(device)
+        with torch.no_grad():
+            part = to_uint8(sampler(noise_from(seed * 2**32 + indices, shape, device), **cond))
+        if world_size() > 1:
+            parts = [torch.empty_like(part) for _ in range(world_size())]
+            dist.all_gather(parts, part)
+            part = torch.cat(parts)  # processes x [share, C, R, R] -> [batch, C, R, R]
+        images.append(part.cpu())
+    return torch.cat(images)[:n], classes[torch.arange(n) % len(classes)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scores
+# ------------------------------------------------------------------------------------------------------------
+
+
+def frechet_distance(a, b):
+    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) between Gaussians fitted to features a [N, D] and b [M, D]."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, axes = torch.linalg.eigh(cov_a)
+    root = axes * values.clamp(min=0).sqrt() @ axes.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def raw_pixels(pixels):
+    """uint8 images [N, C, R, R] as features, their values in -1..1: float32 [N, D]."""
+    return to_float(pixels).flatten(1)  # [N, C, R, R] -> [N, D]
+
+
+def pixel_frechet(real, fake):
+    """Fréchet distance on the raw pixels (-1..1) of uint8 images [N, C, R, R]."""
+    return frechet_distance(raw_pixels(real), raw_pixels(fake))
+
+
+def random_order(n):
+    """A fixed random permutation of 0..n-1."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
+def train_judge(images, limit=5000):
+    """A cross-validated Judge of `limit` images, chosen at random, and their labels."""
+    chosen = random_order(len(images.pixels))[:limit]
+    return Judge(raw_pixels(images.pixels[chosen]), images.labels[chosen], folds=5)
+
+
+def noise_floor(pixels):
+    """Pixel Fréchet distance between two random halves of real images: uint8 [N, C, R, R]."""
+    order = random_order(len(pixels))
+    half = len(order) // 2
+    return pixel_frechet(pixels[order[:half]], pixels[order[half:]])
+
+
+class Judge:
+    """Do samples look like their label? A support vector classifier of features [N, D], trained on real ones.
+
+    own_accuracy: its cross-validated accuracy on real ones if folds are given (as many fits), else None."""
+
+    def __init__(self, features, labels, folds=None):
+        from sklearn.model_selection import cross_val_score
+        from sklearn.svm import SVC
+
+        x, y = features.numpy(), labels.numpy()
+        self.own_accuracy = float(cross_val_score(SVC(C=10), x, y, cv=folds).mean()) if folds else None
+        self.classifier = SVC(C=10).fit(x, y)
+
+    def agrees(self, features, labels):
+        """Whether each sample is classified as its label: bool [N]."""
+        return torch.from_numpy(self.classifier.predict(features.numpy())) == labels
+
+    def accuracy(self, features, labels):
+        """(share of samples classified as their label, the smallest such share of any class)."""
+        right = self.agrees(features, labels).float()
+        return right.mean().item(), min(right[labels == label].mean().item() for label in labels.unique())
+
+
+class RGB(torch.utils.data.Dataset):
+    """uint8 images [N, C, R, R], C 1 or 3, as torch-fidelity takes them: a data set of uint8 [3, R, R]."""
+
+    def __init__(self, pixels):
+        self.pixels = pixels.expand(-1, 3, -1, -1)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, i):
+        return self.pixels[i]
+
+
+def fid(real, fake, weights, device):
+    """Fréchet Inception distance of uint8 images, by torch-fidelity.
+
+    weights: a file of its Inception network, None to download it. Raises InputError if that cannot be had."""
+    from torch_fidelity import calculate_metrics
+
+    try:
+        if weights:
+            torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run its content
+        scores = calculate_metrics(input1=RGB(fake), input2=RGB(real), fid=True, cuda=device.type == "cuda",
+                                   verbose=False, feature_extractor_weights_path=weights)
+    except Exception as error:  # a foreign file can fail in any way at all
+        if weights:
+            reason = f"the Inception weights {weights} cannot be used"
+        else:
+            reason = "the Inception weights cannot be downloaded; give --inception-weights FILE"
+        raise InputError(f"no FID: {reason} ({str(error).splitlines()[0]})") from error
+    return scores["frechet_inception_distance"]

@@ -1,0 +1,264 @@
+"""Stable Diffusion 3's transformer (MM-DiT) as a velocity network, in two memory recipes; the GAN on it.
+
+The recipes: three transformers (teacher, online flow, generator), or one frozen base with two LoRA adapters.
+The transformer itself is diffusers' SD3Transformer2DModel, unchanged.
+"""
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fgm
+from parts.run import noise_from, shard
+
+# ------------------------------------------------------------------------------------------------------------
+# SD3's transformer as a velocity network
+# ------------------------------------------------------------------------------------------------------------
+
+FEATURE_BLOCK = 2  # whose hidden states the discriminator sees (appendix B.2: "layer 2")
+
+
+class SD3Velocity(nn.Module):
+    """An SD3Transformer2DModel as net(x, t, encoder_hidden_states=..., pooled_projections=...) -> v.
+
+    x, v: [B, 16, H, W], t: [B]. SD3's sigma is our t, its timestep 1000 t (kept in float32: bfloat16 turns
+    970 into 968), its output noise - x0. With keep_features, the image tokens after block 2 of the last call,
+    and its t, are kept in .features [B, H W / 4, D] and .t [B]."""
+
+    def __init__(self, transformer, keep_features=False):
+        super().__init__()
+        self.net, self.features, self.t = transformer, None, None
+        if keep_features:
+            transformer.transformer_blocks[FEATURE_BLOCK].register_forward_hook(self.keep)
+
+    @torch.compiler.disable  # else the old features, with their graph, become inputs of a compiled one
+    def keep(self, block, inputs, output):
+        self.features = output[1]
+
+    def forward(self, x, t, encoder_hidden_states, pooled_projections, skip_layers=None):
+        self.t = t
+        return self.net(
+            hidden_states=x, timestep=1000 * t, encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections, skip_layers=skip_layers, return_dict=False)[0]
+
+    def early_exit(self):
+        """The blocks that a call for features alone can skip."""
+        return list(range(FEATURE_BLOCK + 1, len(self.net.transformer_blocks)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One base, two adapters
+# ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def switched(switch, name):
+    """Within, the adapter `name` (None: no adapter) is on."""
+    before, switch["on"] = switch["on"], name
+    try:
+        yield
+    finally:
+        switch["on"] = before
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus up(down(x)) of the adapter that is switched on (arXiv 2106.09685, alpha =
+    rank).
+
+    switch: {"on": name or None}, shared by all layers."""
+
+    def __init__(self, base, lora_rank, names, switch):
+        super().__init__()
+        self.base, self.switch = base, switch
+        inputs, outputs = base.in_features, base.out_features
+        self.down = nn.ModuleDict({name: nn.Linear(inputs, lora_rank, bias=False) for name in names})
+        self.up = nn.ModuleDict({name: nn.Linear(lora_rank, outputs, bias=False) for name in names})
+        for name in names:
+            nn.init.normal_(self.down[name].weight, std=inputs**-0.5)
+            nn.init.zeros_(self.up[name].weight)
+
+    def forward(self, x):
+        y, on = self.base(x), self.switch["on"]
+        return y if on is None else y + self.up[on](self.down[on](x))
+
+
+def add_lora(transformer, lora_rank, names=("flow", "generator")):
+    """Freeze a transformer; give every linear layer of its blocks' attention and feed-forward parts a LoRA
+    pair for each name. Returns the switch of LoRALinear."""
+    switch = {"on": None}
+    transformer.requires_grad_(False)
+    for block in transformer.transformer_blocks:
+        for path, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear) and not path.startswith("norm"):
+                parent, _, name = path.rpartition(".")
+                setattr(block.get_submodule(parent), name, LoRALinear(module, lora_rank, names, switch))
+    return switch
+
+
+class Adapter(nn.Module):
+    """A shared SD3Velocity with one adapter on (name None: all off, the teacher).
+
+    Its parameters are those of its adapter alone; paths are the linear layers that these belong to."""
+
+    def __init__(self, velocity, switch, name):
+        super().__init__()
+        self.shared = [velocity]  # in a list, so that the shared weights are nobody's parameters
+        self.switch, self.name = switch, name
+        modules = velocity.net.named_modules() if name else ()
+        pairs = {path: module for path, module in modules if isinstance(module, LoRALinear)}
+        self.paths = list(pairs)
+        self.down = nn.ModuleList(module.down[name] for module in pairs.values())
+        self.up = nn.ModuleList(module.up[name] for module in pairs.values())
+
+    def forward(self, x, t, **cond):
+        with switched(self.switch, self.name):
+            return self.shared[0](x, t, **cond)
+
+    features = property(lambda self: self.shared[0].features)
+    t = property(lambda self: self.shared[0].t)
+
+    def early_exit(self):
+        return self.shared[0].early_exit()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The three networks of Algorithm 1
+# ------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_blocks(transformer, switch):
+    """Recompute each block in the backward pass, with the adapter that was on in the forward pass."""
+
+    def checkpointed(block, *inputs):
+        name = switch["on"]
+
+        def recompute(*inputs):
+            with switched(switch, name):
+                return block(*inputs)
+
+        return torch.utils.checkpoint.checkpoint(recompute, *inputs, use_reentrant=False)
+
+    transformer.enable_gradient_checkpointing(checkpointed)
+
+
+def networks(folder, lora_rank, checkpointing, bf16, device, keep_features=False):
+    """(teacher, online flow, net of the generator) of a pipeline's folder, sharded over the processes.
+
+    lora_rank None or 0: three transformers; otherwise one, with two LoRA adapters. keep_features: of the
+    online flow. What never trains is held in bfloat16 where the passes are (bf16); what trains in float32."""
+    from diffusers import SD3Transformer2DModel
+
+    def load(dtype, keep_features):
+        transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
+        return SD3Velocity(transformer.to(device), keep_features)
+
+    frozen_dtype = torch.bfloat16 if bf16 else torch.float32
+    if lora_rank:
+        shared = load(frozen_dtype, keep_features)
+        switch = add_lora(shared.net, lora_rank)
+        shared.to(device)
+        velocities = (shared,)
+    else:
+        switch = {"on": None}
+        teacher = load(frozen_dtype, False).requires_grad_(False)
+        velocities = (teacher, load(torch.float32, keep_features), load(torch.float32, False))
+    for velocity in velocities:
+        velocity.eval()
+        if checkpointing:
+            checkpoint_blocks(velocity.net, switch)
+        shard(velocity, velocity.net.transformer_blocks, bf16)
+    names = (None, "flow", "generator")
+    return tuple(Adapter(shared, switch, name) for name in names) if lora_rank else velocities
+
+
+def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height, width, text_tokens, guidance,
+                    processes, ema):
+    """Bytes a process needs at the peak of a step, by arithmetic: {what: bytes}.
+
+    height, width: of the latents. The peak is the start of the generator's backward pass, when the graphs of
+    generator, flow and teacher live together (beside the gradients, where they are accumulated). What a
+    transformer block keeps for its backward pass, in numbers of its width d per token: normed inputs, q k v,
+    attention, 4 d twice in the feed-forward part, ...: 21 with weights in training, 17 with adapters, 10
+    frozen, when neither the inputs of linear layers nor what multiplies the modulation are needed; autocast's
+    float32 norms add the 2 to 4. 8 more are in use inside a block's backward pass."""
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        net = SD3Transformer2DModel.from_config(config)
+        weights = trained = sum(p.numel() for p in net.parameters())
+        if lora_rank:
+            add_lora(net, lora_rank, ("flow",))
+            trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    number = 2 if bf16 else 4  # bytes of an activation, and of a frozen weight
+
+    # Frozen weights; weights and two moments of flow and generator; gradients of one of them, its average.
+    state = weights * number + 2 * trained * 12 + trained * (8 if ema else 4)
+    copies = 2 * weights * (1 if checkpointing else 2) if bf16 and not lora_rank and processes == 1 else 0
+    unsharded = 2 * weights / config["num_layers"] * number if processes > 1 else 0
+
+    d = config["num_attention_heads"] * config["attention_head_dim"]
+    tokens = height * width // config["patch_size"] ** 2 + text_tokens
+    in_training, frozen = (17 if lora_rank else 21) + bf16 * (2 if lora_rank else 4), 10 + bf16 * 2
+    teachers = 2 if guidance != 1 else 1  # samples that the teacher sees for one of ours
+    at_work = max(in_training + 8, teachers * (frozen + 8)) if checkpointing else teachers * 8
+    between = 2 + teachers if checkpointing else in_training + (1 + teachers) * frozen
+    blocks = config["num_layers"] * tokens - text_tokens // 2  # the last block only reads the text
+    return {
+        "weights, gradients, Adam, EMA": state / processes,
+        "bf16 copies of weights": copies,
+        "unsharded blocks": unsharded,
+        "activations": (blocks * between + tokens * at_work) * d * number * micro_batch,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The GAN of appendix B.2, optional
+# ------------------------------------------------------------------------------------------------------------
+
+
+class GAN(nn.Module):
+    """A light convolutional head on the online flow's block-2 hidden states tells noised real latents from
+    noised generated ones (appendix B.2).
+
+    t is drawn from the flow's own, low-noise distribution. In the flow's update the features of generated
+    latents are those of the pass that the flow loss has just made; the real ones, and the generator's, leave
+    the network after block 2. real: latents [N, 16, H, W]; embeddings: of their captions; grid: (H / 2, W /
+    2), the network's tokens."""
+
+    def __init__(self, width, grid, real, embeddings, t_gan, generator_weight=1e-2,
+                 discriminator_weight=5e-2):
+        super().__init__()
+        inner = min(width, 256)
+        self.head = nn.Sequential(
+            nn.Conv2d(width, inner, 3, padding=1), nn.GroupNorm(8, inner), nn.SiLU(),
+            nn.Conv2d(inner, inner, 3, stride=2, padding=1), nn.GroupNorm(8, inner), nn.SiLU(),
+            nn.Conv2d(inner, 1, 3, padding=1))
+        self.grid, self.real, self.embeddings, self.t_gan = grid, real, embeddings, t_gan
+        self.weights = generator_weight, discriminator_weight
+
+    def logit(self, features):
+        b, _, d = features.shape
+        maps = features.mT.reshape(b, d, *self.grid).float()  # [B, HW/4, D] -> [B, D, H/2, W/2]
+        return self.head(maps).mean((1, 2, 3))  # [B, 1, H/4, W/4] -> [B]
+
+    def features(self, flow, x0, t, seeds, cond):
+        """Hidden states of x0, noised to t with noise that seeds choose, by a pass that stops after block
+        2."""
+        noise = noise_from(seeds ^ 1, x0.shape[1:], x0.device)
+        v = flow(fgm.interpolate(x0, noise, t), t, **cond, skip_layers=flow.early_exit())
+        # FSDP gathers the outermost weights for a backward pass only where it reaches the network's output.
+        return flow.features + 0 * v.mean()
+
+    def flow_loss(self, flow, x0, seeds, cond):
+        fake, t = flow.features, flow.t
+        chosen = seeds % len(self.real)
+        latents = self.real[chosen].to(x0.device, torch.float32)
+        real = self.features(flow, latents, t, seeds, self.embeddings(chosen))
+        return self.weights[1] * (F.softplus(self.logit(fake)) + F.softplus(-self.logit(real)))
+
+    def generator_loss(self, flow, x0, seeds, cond):
+        normal = noise_from(seeds ^ 2, (1,), x0.device)[:, 0]  # [B, 1] -> [B]
+        t = torch.sigmoid(self.t_gan[0] + self.t_gan[1] * normal)
+        return self.weights[0] * F.softplus(-self.logit(self.features(flow, x0, t, seeds, cond)))

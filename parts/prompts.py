@@ -1,0 +1,188 @@
+"""Prompts for Stable Diffusion 3: read from files or made by a grammar, and encoded once, into files."""
+
+import hashlib
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import fgm
+from fgm import InputError
+from parts.run import open_folder, read_json, save_tensors, write_json
+
+# ------------------------------------------------------------------------------------------------------------
+# Prompts
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_json_lines(path, pick, wanted):
+    """pick(object) of every line of a JSON-lines file.
+
+    Raises InputError if it cannot be read, or for a line that pick cannot use: it must be `wanted`."""
+    try:
+        return [pick(json.loads(line)) for line in Path(path).read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: every line must be {wanted} ({type(error).__name__}: {error})") from error
+
+
+def read_prompts(path):
+    """The prompts of a text file, one per line, or of a JSON-lines file with a "prompt" or "text" in each.
+
+    Raises InputError if there are none."""
+    if Path(path).suffix in (".jsonl", ".json"):
+        wanted = '{"prompt": ...}'
+        prompts = read_json_lines(path, lambda record: record.get("prompt") or record["text"], wanted)
+    else:
+        try:
+            prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompts {path}: {error}") from error
+    if not prompts:
+        raise InputError(f"{path} holds no prompts")
+    return prompts
+
+
+THINGS = """
+    apple bear bench bicycle bird boat book bottle bowl bus cake car cat chair clock cow cup dog donut
+    elephant fox giraffe guitar horse house kite lamp laptop motorcycle mushroom orange owl pizza rabbit robot
+    sheep skateboard sofa suitcase teapot toaster train tree truck umbrella vase zebra
+""".split()
+COLOURS = "red orange yellow green blue purple pink brown black white golden silver".split()
+COUNTS = ("two", "three", "four")
+POSITIONS = ("left of", "right of", "above", "below", "next to", "behind")
+SCENES = (
+    "in the snow", "on a beach", "in a forest", "on a street at night", "in a kitchen", "under a starry sky",
+    "on a wooden table", "in the rain", "")
+STYLES = (
+    "a photo of {}", "an oil painting of {}", "a watercolour of {}", "a pencil drawing of {}",
+    "a photo of {}, highly detailed", "{}, studio light", "{}")
+
+
+def grammar(n=8192, seed=0):
+    """n different prompts from templates: objects, counts, colours, positions, scenes, styles."""
+    choose, found = random.Random(seed), {}
+    while len(found) < n:
+        a, b = choose.sample(THINGS, 2)
+        colour_a, colour_b = choose.sample(COLOURS, 2)
+        subjects = (
+            f"a {a}",
+            f"a {colour_a} {a}",
+            f"{choose.choice(COUNTS)} {a}s",
+            f"a {a} and a {b}",
+            f"a {colour_a} {a} and a {colour_b} {b}",
+            f"a {a} {choose.choice(POSITIONS)} a {b}",
+            f"{choose.choice(COUNTS)} {colour_a} {a}s {choose.choice(POSITIONS)} a {colour_b} {b}",
+        )
+        subject = choose.choice(subjects)
+        style = choose.choice(STYLES)
+        found[style.format(f"{subject} {choose.choice(SCENES)}".strip())] = None
+    return list(found)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Embeddings
+# ------------------------------------------------------------------------------------------------------------
+
+PROMPTS_PER_FILE = 128
+CONDITIONS = ("encoder_hidden_states", "pooled_projections")  # what SD3's transformer calls them
+
+
+def text_pipeline(folder, device, dtype):
+    """The text encoders and tokenizers of a pipeline. Raises InputError if they cannot be loaded."""
+    from diffusers import StableDiffusion3Pipeline
+
+    try:
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
+        return pipe.to(device)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"cannot load the text encoders of {folder} ({reason})") from error
+
+
+def encode(pipe, texts, device, dtype, max_length):
+    """{condition: tensor} of texts, on the CPU: [N, tokens, D] and [N, P]."""
+    parts = []
+    for i in range(0, len(texts), 16):
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipe.encode_prompt(
+                texts[i : i + 16], None, None, device=device, do_classifier_free_guidance=False,
+                max_sequence_length=max_length)
+        parts.append((embeds.to(dtype).cpu(), pooled.to(dtype).cpu()))
+    columns = zip(*parts, strict=True)
+    return {name: torch.cat(column).contiguous() for name, column in zip(CONDITIONS, columns, strict=True)}
+
+
+def encode_prompts(folder, prompts, cache, device, dtype, max_length=256):
+    """Embed the prompts, and the empty one for guidance, into files of 128 in the folder cache, then free the
+    encoders.
+
+    Files that exist are kept; the processes share the work. Raises InputError if cache holds embeddings of
+    another model, other prompts or another precision."""
+    weights = sorted(path for path in Path(folder).glob("text_encoder*/*") if path.is_file())
+    identity = {
+        "model": [[str(path.relative_to(folder)), path.stat().st_size] for path in weights],
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "number": len(prompts),
+        "dtype": str(dtype),
+        "max_length": max_length}
+    cache = open_folder(cache)
+    if (cache / "about.json").exists():
+        before = read_json(cache / "about.json")
+        if before != identity:
+            differs = ", ".join(name for name in identity if before.get(name) != identity[name])
+            raise InputError(f"{cache} holds embeddings for another {differs}; "
+                             "remove it, or name another folder with --embeddings")
+    if fgm.process_rank() == 0:
+        write_json(cache / "about.json", identity)
+
+    starts = range(0, len(prompts), PROMPTS_PER_FILE)
+    files = {f"prompts-{i // PROMPTS_PER_FILE:06d}": prompts[i : i + PROMPTS_PER_FILE] for i in starts}
+    files["null"] = [""]
+    mine = list(files)[fgm.process_rank() :: fgm.world_size()]
+    missing = [name for name in mine if not (cache / f"{name}.safetensors").exists()]
+    if missing:
+        pipe, truncated = text_pipeline(folder, device, dtype), 0
+        longest = pipe.tokenizer.model_max_length
+        for name in missing:
+            truncated += sum(len(pipe.tokenizer(text).input_ids) > longest for text in files[name])
+            save_tensors(encode(pipe, files[name], device, dtype, max_length), cache / f"{name}.safetensors")
+        if truncated:
+            message = f"{truncated} prompts are longer than CLIP's {longest} tokens and were cut there"
+            print(message, file=sys.stderr)
+        del pipe
+        torch.cuda.empty_cache()
+    if fgm.world_size() > 1:
+        dist.barrier()
+
+
+class Embeddings:
+    """Encoded prompts, memory-mapped. Called with indices [B], gives what the network takes, on the device:
+    {"encoder_hidden_states": [B, tokens, D], "pooled_projections": [B, P]}. null: the same of the empty
+    prompt, B = 1.
+
+    Raises InputError for damaged files."""
+
+    def __init__(self, cache, number, device):
+        from safetensors import SafetensorError, safe_open
+
+        numbers = range(math.ceil(number / PROMPTS_PER_FILE))
+        try:
+            self.files = [safe_open(Path(cache) / f"prompts-{i:06d}.safetensors", "pt") for i in numbers]
+            self.slices = [{name: file.get_slice(name) for name in CONDITIONS} for file in self.files]
+            with safe_open(Path(cache) / "null.safetensors", "pt") as file:
+                self.null = {name: file.get_tensor(name).to(device) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the embeddings in {cache} are damaged ({error}); "
+                             "remove the folder, they are made again") from error
+        self.device = device
+
+    def __call__(self, indices):
+        rows = [(self.slices[i // PROMPTS_PER_FILE], i % PROMPTS_PER_FILE) for i in indices.tolist()]
+        cond = {name: torch.cat([file[name][i : i + 1] for file, i in rows]) for name in CONDITIONS}
+        return {name: value.to(self.device) for name, value in cond.items()}

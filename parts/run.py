@@ -1,0 +1,445 @@
+"""A run around the loops of fgm.py: processes, and a folder with log, checkpoints and pictures.
+
+Nothing here knows what is trained. FolderRun is the object that fgm.train_flow and fgm.distill take as run=.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+import zlib
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import fgm
+from fgm import Diverged, InputError, gathered, process_rank, world_size
+
+# A checkpoint of one process is what we intend.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+# ------------------------------------------------------------------------------------------------------------
+# A command
+# ------------------------------------------------------------------------------------------------------------
+
+
+def folder_run(args, out):
+    """The run in folder out that the flags describe."""
+    resume = "no" if args.overwrite else "any" if args.resume else "same"
+    return FolderRun(out, resume, args.save_every, args.log_every, getattr(args, "picture_every", None))
+
+
+STOPPED = "stopped; the same command goes on from the last checkpoint"
+
+
+def command(main):
+    """Call a command's main() and turn what the user can fix into one line on stderr and an exit status.
+
+    2: bad input, or something that cannot be read or written; 1: divergence; 130 and 143: Ctrl-C, SIGTERM."""
+
+    def terminate(number, frame):
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, terminate)
+    status, message = 0, None
+    try:
+        main()
+    except (InputError, OSError) as error:
+        status, message = 2, error
+    except Diverged as error:
+        status, message = 1, error
+    except KeyboardInterrupt:
+        status, message = 130, STOPPED
+    except SystemExit as error:
+        status = error.code
+        message = STOPPED if status == 143 else None
+    finally:
+        while FolderRun.locks:
+            FolderRun.locks.pop().close()
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    if status:
+        sys.exit(status)
+    if dist.is_initialized():
+        # Processes leave together: gloo's threads let go of tensors late, and need Python for that.
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes and random numbers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def setup(device=None):
+    """Join the other processes if torchrun started us, and return this one's device (default: a GPU's)."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(hours=2)  # the others wait while one downloads or scores
+        dist.init_process_group(backend, timeout=timeout)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+GATHERED_WHOLE = 10_000_000  # parameters; below, many small messages cost more than the memory that they save
+
+
+def shard(net, blocks=(), bf16=False):
+    """Shard a network over all processes (FSDP2), a large one block by block; leave it alone if there is one.
+
+    Copy networks before, not after. bf16: gather weights in bfloat16; gradients are reduced in float32, and
+    inputs are not cast, so that t stays float32."""
+    if world_size() > 1:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mixed = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
+        policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
+        large = sum(p.numel() for p in net.parameters()) >= GATHERED_WHOLE
+        for part in [*blocks, net] if large else [net]:
+            fully_shard(part, mp_policy=policy)
+    return net
+
+
+def noise_from(seeds, shape, device):
+    """Standard normal noise [B, *shape] for int64 seeds [B] >= 0; a row depends on its own seed alone."""
+    rows = [np.random.default_rng(int(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows)).to(device)  # B x [*shape] -> [B, *shape]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files: written atomically, read without executing anything
+# ------------------------------------------------------------------------------------------------------------
+
+
+def open_folder(path):
+    """The folder, made if need be. Raises InputError if it cannot be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        (Path(path) / ".writable").touch()
+        (Path(path) / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to the output folder {path}: {error.strerror}") from error
+    return Path(path)
+
+
+@contextmanager
+def atomically(path):
+    """A temporary path to write to, renamed to path when all is written, removed otherwise.
+
+    Raises InputError, naming path, where it cannot be written."""
+    from safetensors import SafetensorError
+
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")  # keeps the extension, which tells PIL the format
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path} ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path):
+    """The object in a JSON file. Raises InputError if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({type(error).__name__})") from error
+
+
+def save_tensors(tensors, path, metadata=None):
+    """Write {name: tensor} as safetensors. metadata: strings for its header."""
+    from safetensors.torch import save_file
+
+    with atomically(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def save_weights(net, path, metadata=None):
+    """Write a network's parameters and buffers as safetensors. A collective call."""
+    state = {name: gathered(value.detach()).cpu().contiguous() for name, value in net.state_dict().items()}
+    if process_rank() == 0:
+        save_tensors(state, path, metadata)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------------------
+
+
+def state_tensors(learners):
+    """All state of {name: fgm.Learner}, a flat dict that a checkpoint is written from, or read into."""
+    state = {}
+    for name, learner in learners.items():
+        state |= {f"{name}.ema.{key}": value for key, value in learner.ema.items()}
+        state |= {f"{name}.buffer.{key}": value for key, value in learner.module.named_buffers()}
+        for key, p in learner.parameters.items():
+            moments = learner.adam.state[p]
+            if not moments:  # before the first update: what Adam would make then
+                device = p.device if learner.adam.defaults["fused"] else "cpu"
+                moments["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state[f"{name}.parameter.{key}"] = p.detach()
+            state |= {f"{name}.{kind}.{key}": moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
+    return state
+
+
+def checksums(folder):
+    """{file: [bytes, crc32]} of the tensor files in a checkpoint, their reading shared by the processes."""
+    files = sorted(folder.glob("*.safetensors"))
+    files = files[process_rank() :: world_size()]
+    mine = {f.name: [f.stat().st_size, zlib.crc32(f.read_bytes())] for f in files}
+    parts = [mine]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, mine)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def checkpoints(folder, phase):
+    """The checkpoints of a phase, oldest first; nothing else that may lie beside them."""
+    return sorted(path for path in folder.glob(f"{phase}-*") if re.fullmatch(rf"{phase}-\d{{9}}", path.name))
+
+
+@contextmanager
+def unwrapped():
+    """Raise what torch.distributed.checkpoint caught, SystemExit and Ctrl-C included, not its wrapping."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(failure for failure, _ in error.failures.values()) from None
+
+
+def save_checkpoint(folder, phase, step, learners, settings, seconds):
+    """Write folder/PHASE-STEP under a temporary name, rename it when complete, keep it and the one before.
+
+    Tensors go to safetensors files, one per process (torch.distributed.checkpoint), so that any number of
+    processes can resume; step, settings and checksums to checkpoint.json. There are no generator states:
+    fgm.Draws makes every random number from (seed, step). Returns the path. Raises InputError if it cannot be
+    written."""
+    import torch.distributed.checkpoint as dcp
+
+    target, temporary = folder / f"{phase}-{step:09d}", folder / f"tmp-{phase}-{step:09d}"
+    if process_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    if world_size() > 1:
+        dist.barrier()
+    state = {name: value.contiguous() for name, value in state_tensors(learners).items()}
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        with unwrapped():
+            dcp.save(state, storage_writer=writer, no_dist=world_size() == 1)
+        files = checksums(temporary)
+        if process_rank() == 0:
+            updates = {name: learner.updates for name, learner in learners.items()}
+            content = {"step": step, "updates": updates, "seconds": seconds, "settings": settings}
+            write_json(temporary / "checkpoint.json", content | {"files": files})
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            for old in checkpoints(folder, phase)[:-2]:
+                shutil.rmtree(old)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        raise InputError(f"cannot write the checkpoint {target} ({error}); earlier ones are untouched: "
+                         "free some space and run again") from error
+    return target
+
+
+def load_checkpoint(folder, phase, learners, settings, resume):
+    """Put the newest checkpoint of a phase into the learners. Returns (step, seconds so far), or (0, 0.0).
+
+    resume: "same" raises InputError if the settings differ from the checkpoint's, and names them; "any" says
+    so and goes on. A damaged or foreign checkpoint raises InputError and leaves everything as it was; nothing
+    in one is ever executed."""
+    import torch.distributed.checkpoint as dcp
+
+    found = checkpoints(folder, phase)
+    if not found:
+        return 0, 0.0
+    newest, before = found[-1], found[-2].name if len(found) > 1 else "the start"
+    refusal = f"{newest} is damaged or not a checkpoint of this run; remove it to go on from {before}"
+    try:
+        saved = json.loads((newest / "checkpoint.json").read_text())
+        intact = saved["files"] == checksums(newest)
+        step, seconds, updates = int(saved["step"]), float(saved["seconds"]), dict(saved["updates"])
+        then = dict(saved["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{refusal} ({type(error).__name__})") from error
+    if not intact:
+        raise InputError(f"{refusal} (a file is missing or changed)")
+    now = json.loads(json.dumps(settings))
+    names = [name for name in sorted({*now, *then}) if now.get(name) != then.get(name)]
+    changed = ", ".join(f"{name} {then.get(name)} -> {now.get(name)}" for name in names)
+    if changed and resume == "same":
+        raise InputError(f"{folder.parent} holds a {phase} run with other settings ({changed}): --resume "
+                         "goes on with it all the same, --overwrite starts again, --out names another folder")
+    if changed and process_rank() == 0:
+        print(f"resuming {phase} with changed settings: {changed}")
+    targets = state_tensors(learners)
+    state = {name: value.contiguous() for name, value in targets.items()}  # a copy of what is channels-last
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(newest))
+        with unwrapped():
+            dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
+    except Exception as error:  # the reader raises what it likes; whatever it was, this file cannot be used
+        raise InputError(f"{refusal} ({type(error).__name__})") from error
+    for name, value in state.items():
+        if value is not targets[name]:
+            targets[name].copy_(value)
+    for name, learner in learners.items():
+        learner.updates = updates[name]
+        for moments in learner.adam.state.values():
+            moments["step"].fill_(learner.updates)
+    return step, seconds
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run in a folder
+# ------------------------------------------------------------------------------------------------------------
+
+
+class FolderRun(fgm.Run):
+    """A run in the folder out, which it locks: log.jsonl, checkpoints/, pictures, progress bar. See fgm.Run.
+
+    resume: "same" goes on with what is there if its settings are ours, and raises InputError otherwise; "any"
+    goes on whatever changed; "no" removes the checkpoints of all phases now. fingerprint: further settings
+    that a resumed run must share. picture(step, generator), if given, is called every picture_every steps
+    (None: at the end) of a distillation, with the averaged weights in place and without gradients."""
+
+    PHASES = ("teacher", "distill")
+    T_BINS = 10
+    locks = []
+
+    def __init__(self, out, resume="same", save_every=1000, log_every=100, picture_every=None, picture=None,
+                 fingerprint=None):
+        self.out, self.resume = open_folder(out), resume
+        self.save_every, self.log_every, self.picture_every = save_every, log_every, picture_every
+        self.picture, self.fingerprint = picture, fingerprint or {}
+        self.folder = self.out / "checkpoints"
+        if process_rank() == 0:
+            lock = open(self.out / ".lock", "w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.close()
+                raise InputError(f"another run is at work in {out}: wait, or name another --out") from error
+            self.locks.append(lock)
+            for phase in self.PHASES if resume == "no" else ():
+                for old in checkpoints(self.folder, phase):
+                    shutil.rmtree(old)
+
+    def steps(self, phase, steps, learners, settings):
+        settings = settings | self.fingerprint
+        start, before = load_checkpoint(self.folder, phase, learners, settings, self.resume)
+        began = time.perf_counter() - before
+        self.phase, self.first_bad = phase, None
+        self.last_good = self.folder / f"{phase}-{start:09d}" if start else None
+        device = next(iter(next(iter(learners.values())).parameters.values())).device
+        self.open_log(start, steps, settings["batch"], device)
+        for self.step in range(start, steps):
+            done = self.step + 1
+            self.logging = done % self.log_every == 0 or done == steps
+            yield self.step
+            self.bar.update()
+            if self.logging:
+                self.write_log(done)
+            if done % self.save_every == 0 or done == steps:
+                self.check()
+                seconds = time.perf_counter() - began
+                self.last_good = save_checkpoint(self.folder, phase, done, learners, settings, seconds)
+            if self.picture and "generator" in learners and done % (self.picture_every or steps) == 0:
+                self.draw(learners["generator"], done)
+        self.bar.close()
+        self.seconds = time.perf_counter() - began if start < steps else before
+
+    def draw(self, learner, step):
+        learner.swap()
+        with torch.no_grad():
+            self.picture(step, learner.module)
+        learner.swap()
+
+    def open_log(self, start, steps, batch, device):
+        self.batch, self.logged, self.since, self.extras = batch, start, time.perf_counter(), {}
+        self.sums, self.bins = 0, torch.zeros(2, self.T_BINS, device=device)
+        silent = True if process_rank() else None
+        self.bar = tqdm(total=steps, initial=start, desc=self.phase, disable=silent, mininterval=0.5)
+        path = self.out / "log.jsonl"
+        if process_rank() == 0 and path.exists():  # drop what was logged after the checkpoint
+            kept = [line for line in path.read_text(errors="replace").splitlines() if self.holds(line, start)]
+            with atomically(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+
+    def holds(self, line, start):
+        """Whether a line of the log is one (the disk may have been full) and not of steps that come again."""
+        try:
+            record = json.loads(line)
+            return record["phase"] != self.phase or record["step"] <= start
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    def log(self, **terms):
+        self.sums = self.sums + super().log(**terms)
+
+    def log_by_t(self, t, loss):
+        bins = (t * self.T_BINS).long().clamp(max=self.T_BINS - 1)
+        self.bins.index_add_(1, bins, torch.stack([loss.detach().float(), torch.ones_like(t)]))
+
+    def look_at(self, teacher, flow, x0, noise, t, autocast, weight, cond):
+        """Root mean square over samples of the norms of dL1/dx0 and dL2/dx0, where a log line is due.
+
+        By passes of their own, because torch.compile does not let a graph be differentiated twice."""
+        for k, name in enumerate(("l1_gradient_at_x0", "l2_gradient_at_x0") if self.logging else ()):
+            x0 = x0.detach().requires_grad_()
+            with autocast:
+                loss = fgm.fgm_losses(teacher, flow, x0, noise, t, weight=weight, **cond)[k]
+            self.extras[name] = torch.autograd.grad(loss.sum(), x0)[0].norm() / len(x0) ** 0.5
+
+    def write_log(self, step):
+        """One line of log.jsonl: means over the steps since the line before, over all processes."""
+        self.check()
+        sums, bins = self.sums / (step - self.logged) / world_size(), self.bins.clone()
+        if world_size() > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(bins)
+        record = {"phase": self.phase, "step": step, "kimg": step * self.batch / 1000}
+        record |= dict(zip(self.names, sums.tolist(), strict=True))
+        record |= {name: value.item() for name, value in self.extras.items()}
+        record["flow_loss_by_t"] = [total / n if n else None for total, n in zip(*bins.tolist(), strict=True)]
+        record["images_per_s"] = (step - self.logged) * self.batch / (time.perf_counter() - self.since)
+        self.bar.set_postfix({name: f"{record[name]:.3g}" for name in self.names[:3]}, refresh=False)
+        if process_rank() == 0:
+            try:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                kept = f"; the last checkpoint is {self.last_good}" if self.last_good else ""
+                raise InputError(f"cannot write {self.out / 'log.jsonl'} ({error.strerror}){kept}") from error
+        self.sums, self.logged, self.since = 0, step, time.perf_counter()
+        self.bins.zero_()
