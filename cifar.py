@@ -38,9 +38,9 @@ from parts.flags import Setting
 PAPER = dict(
     model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attention=[16], dropout=0.13, flip=True,
     teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999, kimg=20_000, batch=512, lr=2e-5, flow_lr=2e-5,
-    lr_warmup=100, lr_decay=0.0, clip=None, ema=0.999, t_star=0.714, c_in=0.714, c_skip=0.714, l1_weight=0.0,
-    weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1, samples=50_000,
-    save_every=500, log_every=50, picture_every=500,
+    lr_warmup=100, lr_decay=0.0, clip=None, ema=0.999, t_star=0.714, c_in=0.714, c_skip=0.714,
+    l1_weight=0.0, weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1,
+    samples=50_000, save_every=500, log_every=50, picture_every=500,
 )
 # Measured on scikit-learn's digits, on a laptop's budget.
 DIGITS = PAPER | dict(
@@ -70,7 +70,6 @@ TEACHER_FLAGS = {
     "teacher_ema": Setting(float, fgm.RANGES["ema_decay"], "of the teacher's moving average", None, "DECAY"),
 }
 KIMG_FLAG = {"kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with")}
-C_SKIP_FLAG = {"c_skip": Setting(float, fgm.RANGES["c_skip"], "c_skip of the generator (B.1); c_out is t*")}
 SCORE_FLAGS = {
     "samples": Setting(int, "[2, 1e9]", "images that each score is measured on"),
     "fid": Setting(bool, None, "Inception FID by torch-fidelity against the training images; "
@@ -80,7 +79,7 @@ SCORE_FLAGS = {
 SAMPLE_FLAGS = {
     "sample": Setting(int, fgm.COUNT, "draw N images from the run in OUT or --generator FILE", metavar="N"),
     "generator": Setting(str, None, "a generator.safetensors, all that sampling needs", metavar="FILE"),
-    "steps": Setting(int, fgm.COUNT, "draw from the teacher with K Euler steps instead", metavar="K"),
+    "ode_steps": Setting(int, fgm.COUNT, "draw from the teacher with K Euler steps instead", metavar="K"),
     "classes": Setting(int, "[0, 1e9]", "draw these classes in turn", "+"),
     "npz": Setting(bool, None, "also write the images as a uint8 array"),
 }
@@ -103,14 +102,16 @@ def arguments():
         "data": DATA_FLAGS,
         "run": OUT_FLAG | flags.RUN_FLAGS | flags.PICTURE_FLAG | PAPER_FLAG,
         "teacher and network (EDM, arXiv 2206.00364; section 5.1)": TEACHER_FLAGS,
-        "distillation (Algorithm 1; section 5.1, B.1)": KIMG_FLAG | flags.DISTILLATION_FLAGS | C_SKIP_FLAG,
+        "distillation (Algorithm 1; section 5.1, B.1)": KIMG_FLAG | flags.DISTILLATION_FLAGS,
         "scores": SCORE_FLAGS,
         "drawing samples from a finished run": SAMPLE_FLAGS,
     }
     for title, settings in groups.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     parser.set_defaults(data="cifar10")
-    return parser.parse_with(defaults)
+    needs = {name: ["sample"] for name in SAMPLE_FLAGS if name != "sample"} | {"inception_weights": ["fid"]}
+    meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device", "precision"]
+    return parser.parse_with(defaults, needs, {"sample": meaningful})
 
 
 def default_out(args):
@@ -138,7 +139,7 @@ def draw_from_files(args, device):
     seconds = time.perf_counter() - began
     if fgm.process_rank() > 0:
         return
-    kind = f"{args.steps}-steps" if args.steps else "one-step"
+    kind = f"{args.ode_steps}-steps" if args.ode_steps else "one-step"
     target = run.open_folder(out) / f"samples-{kind}"
     written = [f"{target}.png"]
     images.save_grid(f"{target}.png", pixels[:1000])
@@ -150,10 +151,10 @@ def draw_from_files(args, device):
 
 
 def sampler_from_file(args, out, device):
-    """(sampler, description of its network): the generator, or with --steps the teacher, of out or of a file.
+    """(sampler, description of its network): the generator, or with --ode-steps the teacher, of out or file.
 
     Raises InputError for a file that is missing or no generator, and for classes that it does not have."""
-    if args.steps:
+    if args.ode_steps:
         path = Path(args.teacher or out / "teacher.safetensors")
     else:
         path = Path(args.generator or out / "generator.safetensors")
@@ -161,16 +162,16 @@ def sampler_from_file(args, out, device):
         raise InputError(f"{path} does not exist: the run has not finished, or --out names another folder")
     net, description = load_network(path)
     network = description["network"]
-    if not args.steps and "generator" not in description:
-        raise InputError(f"{path} is no generator; with --steps K it can be sampled as a teacher")
+    if not args.ode_steps and "generator" not in description:
+        raise InputError(f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
     label_dim = network["label_dim"]
     if args.classes and not label_dim:
         raise InputError(f"--classes: {path} is unconditional")
     if args.classes and not all(0 <= label < label_dim for label in args.classes):
         raise InputError(f"--classes must lie in 0..{label_dim - 1}")
     net = net.to(device)
-    if args.steps:
-        return partial(fgm.sample_ode, net, steps=args.steps), network
+    if args.ode_steps:
+        return partial(fgm.sample_ode, net, steps=args.ode_steps), network
     return fgm.OneStepGenerator(net, **description["generator"]), network
 
 
@@ -194,8 +195,8 @@ def initial_network(args, real, label_dim):
 
 
 def prepare_scores(args, real, device):
-    """The Judge of the images. A score that cannot be measured fails here, not after the training."""
-    judge = images.train_judge(real)
+    """The Judge of labels, if there are any. A score that cannot be measured fails here, not at the end."""
+    judge = images.train_judge(real) if args.cond else None
     if args.fid:
         images.fid(real.pixels[:32], real.pixels[32:64], args.inception_weights, device)
     return judge
@@ -222,7 +223,8 @@ def main():
     shape = image_shape(network)
     description = {"network": network, "data": args.data, "classes": real.classes}
     folder_run = run.folder_run(args, out)
-    folder_run.fingerprint = {"data": args.data, "network": network, "teacher": args.teacher}
+    folder_run.fingerprint = {
+        "data": args.data, "network": network, "teacher": args.teacher, "flip": args.flip}
 
     # The teacher, by ReFlow (3.6).
     teacher_seconds = 0.0
@@ -246,8 +248,9 @@ def main():
             images.save_grid(out / f"distill-{step:07d}.png", grid)
 
     folder_run.picture = picture
+    folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher)}
     generator, distill_seconds = fgm.distill(
-        teacher, fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip), flow, shape,
+        teacher, fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out), flow, shape,
         conditions=conditions, run=folder_run,
         **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)),
     )
@@ -318,7 +321,7 @@ def write_results(args, description, real, judge, floor, rows, seconds, out):
         "teacher": {str(name): row[key] for name, row in rows.items() if name != "one step"},
         "one_step": rows["one step"][key],
         "noise_floor_two_halves": floor,
-        "judge_own_accuracy": judge.own_accuracy,
+        "judge_own_accuracy": judge.own_accuracy if judge else None,
         "rows": {str(name): row for name, row in rows.items()},
         "seconds": seconds,
     })

@@ -19,18 +19,18 @@ The map, from the paper to this file:
     Algorithm 1                 distill             the teacher's training          train_flow
     marginal velocity (3.2)     GaussianMixture         (4.7) and Theorem 4.2       tests/test_theorems.py
 
-Two differences from the printed Algorithm 1: t is logit-normal, as in the paper's experiments, not uniform;
-and distill minimises L2 + l1_weight * L1 with l1_weight 0, the paper's practice on images, unless told
-otherwise. l1_weight 1 is (4.10), the exact gradient.
+Unlike the printed Algorithm 1, t is logit-normal, as in the paper's experiments, not uniform; and distill
+minimises L2 + l1_weight * L1 with l1_weight 0 by default, the paper's practice on images; 1 is (4.10).
 
 Conventions. t is float32 of shape [B] in [0, 1]; t = 0 is data, t = 1 is noise. A velocity is noise - x0, an
 Euler step from t to s is x + (s - t) v. A velocity network is any callable net(x, t, **cond) -> v with
-v.shape == x.shape. Losses are sums over the dimensions of a sample, one value per sample. Numbers in
-brackets are the paper's equations. This file needs torch and numpy alone and can be copied elsewhere.
+v.shape == x.shape. Losses are sums over the dimensions of a sample, one value per sample. (4.1) is an
+equation of the paper, B.1 an appendix. This file needs torch and numpy alone and can be copied elsewhere.
 """
 
 import math
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 
 import numpy as np
@@ -99,26 +99,26 @@ def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
     x0 = g(z) [B, ...] carries the generator's graph; noise [B, ...] and t [B] must be drawn independently of
     z (Theorem 4.1 conditions on x0 alone). Gradients reach x0 through noise - x0 and through x_t, the input
     of both networks; none reaches the parameters of a teacher or flow that is an nn.Module. With activation
-    checkpointing, call backward inside frozen(teacher, flow) as well. weight(t, u, c) -> [B], if given,
+    checkpointing, call backward inside frozen(teacher, flow) as well. weight(t, u, target) -> [B], if given,
     scales both losses, as a constant. Returns (l1 [B], l2 [B])."""
     with frozen(teacher, flow):
         xt = interpolate(x0, noise, t)
         u = velocity(teacher, xt, t, **cond)
         v = velocity(flow, xt, t, **cond)
-    c = noise - x0  # the conditional velocity u_t(x_t | x0)
+    target = noise - x0  # the conditional velocity u_t(x_t | x0)
     l1 = dot(u - v, u - v)  # (4.11)
-    l2 = 2 * dot(u - v, v - c)  # (4.12)
+    l2 = 2 * dot(u - v, v - target)  # (4.12)
     if weight is not None:
-        w = weight(t, u.detach(), c.detach())
+        w = weight(t, u.detach(), target.detach())
         l1, l2 = w * l1, w * l2
     return l1, l2
 
 
-def sid_weight(t, u, c):
-    """SiD's weight per sample (arXiv 2404.04057, eq. 24) in our terms, t^2 / mean |t (u - c)|.
+def sid_weight(t, u, target):
+    """SiD's weight per sample (arXiv 2404.04057, eq. 24) in our terms, t^2 / mean |t (u - target)|.
 
-    u, c: [B, ...], t: [B]. Returns [B]."""
-    error = (per_sample(t, u) * (u - c)).abs().flatten(1).mean(1)  # [B, ...] -> [B, D] -> [B]
+    u, target: [B, ...], t: [B]. Returns [B]."""
+    error = (per_sample(t, u) * (u - target)).abs().flatten(1).mean(1)  # [B, ...] -> [B, D] -> [B]
     return t**2 / error.clamp(min=1e-5)
 
 
@@ -164,6 +164,8 @@ class OneStepGenerator(nn.Module):
     def __init__(self, net, t_star, c_in=1.0, c_skip=1.0, c_out=None):
         super().__init__()
         check_settings(t_star=t_star, c_in=c_in, c_skip=c_skip, c_out=c_out)
+        if t_star == 0 and c_out is None:
+            raise InputError("t_star 0 needs a c_out above 0: c_out = t_star would leave the network out")
         self.net = net
         self.t_star, self.c_in, self.c_skip = t_star, c_in, c_skip
         self.c_out = t_star if c_out is None else c_out
@@ -228,14 +230,15 @@ guided = Guided
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings: what each may be (the command-line flags read the same table)
+# Settings, processes, random draws
 # ------------------------------------------------------------------------------------------------------------
 
-COUNT, POSITIVE, LOGIT_NORMAL = "[1, 1e9]", "(0, inf)", ("[-20, 20]", "[0, 20]")
+# What each setting may be; the command-line flags read the same table.
+COUNT, POSITIVE, LOGIT_NORMAL = "[1, 1e9]", "(0, 1e9]", ("[-20, 20]", "[0, 20]")
 RANGES = {
     "steps": COUNT, "batch": COUNT, "micro_batch": COUNT, "flow_updates": "[1, 1e3]", "lr_warmup": "[0, 1e9]",
     "lr": POSITIVE, "flow_lr": POSITIVE, "lr_decay": "[0, 1]", "clip": POSITIVE, "seed": "[0, 2147483647]",
-    "ema_decay": "[0, 1)", "t_star": "(0, 1]", "c_in": "(0, 100]", "c_skip": "[0, 100]", "c_out": "(0, 100]",
+    "ema_decay": "[0, 1)", "t_star": "[0, 1]", "c_in": "(0, 100]", "c_skip": "[0, 100]", "c_out": "(0, 100]",
     "l1_weight": "[-10, 10]", "loss_scale": POSITIVE, "t_generator": LOGIT_NORMAL, "t_flow": LOGIT_NORMAL,
     "precision": ["auto", "fp32", "bf16"],
 }
@@ -262,11 +265,6 @@ def check_setting(name, value, allowed, whole=False):
 def check_settings(**settings):
     for name, value in settings.items():
         check_setting(name, value, RANGES[name], name in WHOLE_NUMBERS)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Processes, precision, random draws
-# ------------------------------------------------------------------------------------------------------------
 
 
 def process_rank():
@@ -324,6 +322,10 @@ class Draws:
 
     def sample_t(self, mean, std):
         return logit_normal(self.batch, mean, std, self.device, self.generator)[self.rows]
+
+    def for_update(self, shape, mean, std):
+        """What one update of Algorithm 1 draws: z and noise [B, *shape], t [B], seeds [B]."""
+        return self.normal(shape), self.normal(shape), self.sample_t(mean, std), self.seeds()
 
     def seeds(self):
         """A random integer per sample, int64 on the CPU, that chooses its data or condition: seed % n."""
@@ -448,13 +450,12 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
     run = run or Run()
     for step in run.steps("teacher", steps, {"teacher": learner}, settings):
         draws = Draws(batch, device, seed, TEACHER, step)
-        t, seeds, losses = draws.sample_t(*t_flow), draws.seeds(), []
-        x0, cond = data(seeds)
-        noise = draws.normal(x0.shape[1:])
+        t, seeds, noise, losses = draws.sample_t(*t_flow), draws.seeds(), None, []
         for rows in slices:
+            x0, cond = data(seeds[rows])
+            noise = draws.normal(x0.shape[1:]) if noise is None else noise  # of all slices at once
             with bf16:
-                part = {name: value[rows] for name, value in cond.items()}
-                loss = reflow_loss(net, x0[rows], noise[rows], t[rows], **part)
+                loss = reflow_loss(net, x0, noise[rows], t[rows], **cond)
             (loss.mean() / len(slices)).backward()
             losses.append(loss.detach())
         gradient = learner.update(schedule(step, steps, lr_warmup, decay_steps))
@@ -470,13 +471,14 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
             flow_updates=1, extra=None, ema_decay=0.999, seed=0, precision="auto", compile=False, run=None):
     """Algorithm 1: distil teacher into generator, with the online flow `flow`.
 
-    generator (a OneStepGenerator) and flow start as copies of the teacher and are changed; shape is that of
-    one sample. conditions(seeds) -> cond: the conditions that int64 seeds [B] choose. The generator minimises
-    loss_scale * (L2 + l1_weight * L1): l1_weight 1 is the exact gradient of (4.1), 0 the paper's practice on
-    images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057). weight(t, u, c) -> [B] scales L1 and L2.
-    t ~ logit-normal(*t_generator) in the FGM loss, (*t_flow) in the flow's. flow_lr None: lr.
-    extra: an nn.Module with flow_loss(flow, x0, seeds, cond) and generator_loss(flow, x0, seeds, cond), [B]
-    each, added to the two losses; its parameters train with the flow's settings (the GAN of appendix B.2).
+    generator (a OneStepGenerator) and flow start as copies of the teacher and are changed; modules are put
+    into evaluation mode. shape: that of one sample. conditions(seeds) -> cond: the conditions that int64
+    seeds [B] choose. The generator minimises loss_scale * (L2 + l1_weight * L1): l1_weight 1 is the exact
+    gradient of (4.1), 0 the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
+    weight(t, u, target) -> [B] scales L1 and L2. t ~ logit-normal(*t_generator) in the FGM loss, (*t_flow)
+    in the flow's. flow_lr None: lr. extra: an nn.Module with flow_loss(flow, x0, seeds, cond) and
+    generator_loss(flow, x0, seeds, cond), [B] each, added to the two losses (loss_scale scales the latter,
+    too); its parameters train with the flow's settings (the GAN of appendix B.2).
     Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
     flow_lr = flow_lr or lr
     settings = dict(steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
@@ -485,63 +487,64 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                     precision=precision, **generator.coefficients())
     check_settings(**settings)
     decay_steps = round(lr_decay * steps)
-    settings |= dict(betas=betas, eps=eps, lr_decay=decay_steps, weight=weight and weight.__name__)
+    settings |= dict(betas=betas, eps=eps, lr_decay=decay_steps, weight=weight)
     slices = micro_batches(batch, micro_batch)
     device = next(generator.parameters()).device
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
-    conditions = conditions or (lambda seeds: {})
+    conditions, run = conditions or (lambda seeds: {}), run or Run()
     generator_learner = Learner(generator, lr, betas, eps, clip, ema_decay)
-    flow_learner = Learner(flow, flow_lr, betas, eps, clip)
-    learners = {"generator": generator_learner, "flow": flow_learner}
+    flow_learners = {"flow": Learner(flow, flow_lr, betas, eps, clip)}
     if extra is not None:
-        learners["extra"] = Learner(extra, flow_lr, betas, eps, clip)
+        flow_learners["extra"] = Learner(extra, flow_lr, betas, eps, clip)
     for net in (teacher, generator.net, flow):
-        if compile and isinstance(net, nn.Module):
-            net.compile()
-    run = run or Run()
-    for step in run.steps("distill", steps, learners, settings):
+        if isinstance(net, nn.Module):
+            net.eval()  # no dropout in Algorithm 1
+            if compile:
+                net.compile()
+    for step in run.steps("distill", steps, {"generator": generator_learner} | flow_learners, settings):
         lr_factor = schedule(step, steps, lr_warmup, decay_steps)
+
         # The online flow: ReFlow (3.6) on fresh samples of the generator.
         for k in range(flow_updates):
-            draws = Draws(batch, device, seed, ONLINE_FLOW, step, k)
-            z, noise = draws.normal(shape), draws.normal(shape)
-            t, seeds, flow_losses = draws.sample_t(*t_flow), draws.seeds(), []
+            draws, losses = Draws(batch, device, seed, ONLINE_FLOW, step, k), defaultdict(list)
+            z, noise, t, seeds = draws.for_update(shape, *t_flow)
             for rows in slices:
                 cond = conditions(seeds[rows])
                 with bf16, torch.no_grad():
                     x0 = generator(z[rows], **cond)
                 with bf16:
                     loss = reflow_loss(flow, x0, noise[rows], t[rows], **cond)
-                    flow_losses.append(loss.detach())
+                    losses["flow_loss"].append(loss.detach())
                     if extra is not None:
-                        loss = loss + extra.flow_loss(flow, x0, seeds[rows], cond)
+                        extra_loss = extra.flow_loss(flow, x0, seeds[rows], cond)
+                        losses["extra_flow_loss"].append(extra_loss.detach())
+                        loss = loss + extra_loss
                 (loss.mean() / len(slices)).backward()
-            flow_gradient = flow_learner.update(lr_factor)
-            if extra is not None:
-                learners["extra"].update(lr_factor)
-            run.log_by_t(t, torch.cat(flow_losses))
+            gradients = {f"{name}_gradient": net.update(lr_factor) for name, net in flow_learners.items()}
+            log = {name: torch.cat(values) for name, values in losses.items()} | gradients
+            run.log_by_t(t, log["flow_loss"])
 
         # The generator: FGM (4.10) against the teacher and the online flow, which are evaluated only.
-        draws = Draws(batch, device, seed, GENERATOR, step)
-        z, noise = draws.normal(shape), draws.normal(shape)
-        t, seeds, l1_losses, l2_losses = draws.sample_t(*t_generator), draws.seeds(), [], []
+        draws, losses = Draws(batch, device, seed, GENERATOR, step), defaultdict(list)
+        z, noise, t, seeds = draws.for_update(shape, *t_generator)
         with frozen(teacher, flow, extra):
             for rows in slices:
                 cond = conditions(seeds[rows])
                 with bf16:
                     x0 = generator(z[rows], **cond)
                     l1, l2 = fgm_losses(teacher, flow, x0, noise[rows], t[rows], weight=weight, **cond)
+                    losses["l1"].append(l1.detach())
+                    losses["l2"].append(l2.detach())
                     loss = l2 + l1_weight * l1 if l1_weight else l2
                     if extra is not None:
-                        loss = loss + extra.generator_loss(flow, x0, seeds[rows], cond)
+                        extra_loss = extra.generator_loss(flow, x0, seeds[rows], cond)
+                        losses["extra_generator_loss"].append(extra_loss.detach())
+                        loss = loss + extra_loss
                 (loss_scale * loss.mean() / len(slices)).backward()
-                l1_losses.append(l1.detach())
-                l2_losses.append(l2.detach())
-            run.look_at(teacher, flow, x0, noise[rows], t[rows], bf16, weight, cond)
-            generator_gradient = generator_learner.update(lr_factor)
-
-        run.log(flow_loss=torch.cat(flow_losses), flow_gradient=flow_gradient, l1=torch.cat(l1_losses),
-                l2=torch.cat(l2_losses), generator_gradient=generator_gradient)
+            run.look_at(teacher, flow, x0, noise[rows], t[rows], bf16, weight, cond)  # the last slice's
+            gradient = generator_learner.update(lr_factor)
+        log |= {name: torch.cat(values) for name, values in losses.items()}
+        run.log(**log, generator_gradient=gradient)
     generator_learner.swap()
     return generator, run.seconds
 
@@ -562,16 +565,14 @@ class GaussianMixture:
         weights, means, covs = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, covs))
         shape = means.shape
         if means.dim() != 2 or weights.shape != shape[:1] or covs.shape != (*shape, shape[1]):
-            shapes = [list(value.shape) for value in (weights, means, covs)]
-            raise InputError(f"weights, means, covs must have shapes [K], [K, D], [K, D, D], got {shapes}")
+            raise InputError("weights, means, covs must have shapes [K], [K, D], [K, D, D]")
         if not (weights >= 0).all() or not weights.sum() > 0:
             raise InputError(f"weights must be non-negative with a positive sum, got {weights.tolist()}")
         self.weights, self.means = weights / weights.sum(), means
         values, self.axes = torch.linalg.eigh(covs)  # [K, D], [K, D, D]: covs[k] = axes diag(values) axes^T
         slack = 1e-6 * covs.abs().amax().clamp(min=1e-12)
         if not torch.allclose(covs, covs.mT, rtol=0, atol=slack.item()) or values.min() < -slack:
-            raise InputError("covariances must be symmetric positive semi-definite, "
-                             f"got eigenvalues down to {values.min():g} or asymmetry in {covs.tolist()}")
+            raise InputError(f"covs must be symmetric positive semi-definite, got {covs.tolist()}")
         self.variances = values.clamp(min=0)
 
     def sample(self, n, generator=None):
@@ -589,8 +590,7 @@ class GaussianMixture:
         d the offset along the axes, E[noise | x_t, k] = t d / s, E[x0 | x_t, k] = m + (1 - t) variance d / s.
         Nothing is divided by t. Raises InputError for t outside (0, 1]."""
         if t.shape != x.shape[:1] or not ((t > 0) & (t <= 1)).all():
-            raise InputError(f"t must have shape [{len(x)}] and lie in (0, 1], "
-                             f"got {list(t.shape)}, from {t.min():g} to {t.max():g}")
+            raise InputError(f"t must have shape [{len(x)}] and lie in (0, 1], got {t.tolist()[:3]}, ...")
         time = t.double().view(-1, 1, 1)  # [B] -> [B, 1, 1]
         offset = x.double()[:, None] - (1 - time) * self.means  # [B, K, D]
         d = torch.einsum("kij,bki->bkj", self.axes, offset)  # [B, K, D], along the axes

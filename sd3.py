@@ -42,9 +42,9 @@ from parts.prompts import Embeddings, encode_prompts, grammar, read_prompts
 PAPER = dict(
     model="stabilityai/stable-diffusion-3-medium-diffusers", height=1024, width=1024, out="runs/sd3",
     save_every=250, log_every=10, picture_every=250, guidance=4.0, kimg=1920, batch=192, lr=5e-6,
-    flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8, l1_weight=0.0,
-    weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0, flow_updates=1,
-    gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
+    flow_lr=5e-6, eps=1e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8,
+    c_skip=1.0, l1_weight=0.0, weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0,
+    flow_updates=1, gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
 TINY = PAPER | dict(
     height=32, width=32, save_every=100, picture_every=100, kimg=4.8, batch=24, lr=2e-3, flow_lr=2e-3,
@@ -66,20 +66,20 @@ RECIPE_FLAGS = {
 }
 METHOD_FLAGS = {
     "lora": Setting(int, COUNT, "one base and two LoRA adapters, not three networks", metavar="RANK"),
-    "guidance": Setting(float, "(-inf, inf)", "classifier-free guidance of the teacher"),
+    "guidance": Setting(float, "[-1000, 1000]", "classifier-free guidance of the teacher"),
     "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
 }
 GAN_FLAGS = {
     "real": Setting(str, None, "real images, captions in metadata.jsonl or NAME.txt; turns the GAN on",
                     metavar="DIR"),
-    "gan_generator": Setting(float, "(-inf, inf)", "weight in the generator's loss"),
-    "gan_discriminator": Setting(float, "(-inf, inf)", "weight in the flow's loss"),
+    "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss"),
+    "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss"),
 }
 SCORE_FLAGS = {
-    "samples": Setting(int, COUNT, "images drawn for the scores"),
+    "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
     "sample": Setting(str, None, "draw images of PROMPT from the run in OUT", metavar="PROMPT"),
     "n": Setting(int, COUNT, "number of images for --sample"),
-    "steps": Setting(int, COUNT, "draw from the teacher with K steps and guidance instead", metavar="K"),
+    "ode_steps": Setting(int, COUNT, "draw from the teacher with K steps and guidance", metavar="K"),
     "geneval": Setting(str, None, "draw 4 images per prompt into OUT/geneval, laid out for GenEval's scorer",
                        metavar="METADATA.jsonl"),
 }
@@ -104,9 +104,17 @@ def arguments():
     for title, settings in groups.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     parser.set_defaults(**PAPER)
-    args = parser.parse_with(lambda given: TINY if is_miniature(given.model) and not given.paper else PAPER)
+    needs = {"n": ["sample"], "ode_steps": ["sample", "geneval"]}
+    needs |= {"gan_generator": ["real"], "gan_discriminator": ["real"]}
+    meaningful = ["sample", "n", "geneval", "ode_steps", "model", "guidance", "height", "width", "out"]
+    meaningful += ["seed", "device", "precision"]
+    args = parser.parse_with(
+        lambda given: TINY if is_miniature(given.model) and not given.paper else PAPER,
+        needs, {"sample": meaningful, "geneval": meaningful})
     if args.height % 16 or args.width % 16:
         raise InputError(f"height and width must be divisible by 16, got {args.height} and {args.width}")
+    if args.c_skip != 1 or args.c_out not in (None, args.t_star):
+        raise InputError("a diffusers pipeline can hold --c-skip 1 and the default --c-out, t*, alone")
     return args
 
 
@@ -116,21 +124,21 @@ def arguments():
 
 
 def draw_from_run(args, device, dtype):
-    """--sample and --geneval: images of the run in OUT, or with --steps of the teacher."""
+    """--sample and --geneval: images of the run in OUT, or with --ode-steps of the teacher."""
     out = Path(args.out)
-    if args.steps:
-        source, steps, guidance = pipeline.model_folder(args.model), args.steps, args.guidance
+    if args.ode_steps:
+        source, steps, guidance = pipeline.model_folder(args.model), args.ode_steps, args.guidance
     else:
         source, steps, guidance = out / "pipeline", 1, 0
     if not source.is_dir():
         raise InputError(f"{source} does not exist: the run has not finished, or --out names another folder")
     size = (args.height, args.width)
-    if not args.steps and (out / "config.json").exists():
+    if not args.ode_steps and (out / "config.json").exists():
         settings = run.read_json(out / "config.json")["settings"]
         size = (settings["height"], settings["width"])
     pipe = pipeline.open_pipeline(source, device, dtype)
     if args.geneval:
-        target = out / (f"geneval-{steps}-steps" if args.steps else "geneval")
+        target = out / (f"geneval-{steps}-steps" if args.ode_steps else "geneval")
         return pipeline.geneval(pipe, args.geneval, target, steps, guidance, size, args.seed)
     images = pipeline.draw(pipe, [args.sample] * args.n, steps, guidance, size, args.seed, batch=4)
     save_grid(run.open_folder(out) / "sample.png", images, min(args.n, 8))
@@ -233,7 +241,7 @@ def report(args, rows, coefficients, seconds, out):
         "rows": rows, "seconds": seconds})
     print(f"{args.model}: {args.samples} samples")
     titles = f"{'prompt followed':>17}{'pixel Frechet distance':>25}" if judged else ""
-    print(f"  {'':20}{titles}{'seconds an image':>19}")
+    print(f"  {'':20}{titles}{'seconds per image':>19}")
     for name, row in rows.items():
         scores = f"{row['following']:17.1%}{row['pixel_frechet']:25.4f}" if judged else ""
         print(f"  {name:20}{scores}{row['seconds_per_image']:19.4f}")
@@ -291,10 +299,10 @@ def main():
     folder_run.fingerprint = {
         "model": str(args.model), "lora": args.lora, "prompts": len(prompts), "guidance": args.guidance,
         "height": args.height, "width": args.width, "real": args.real,
-        "gan": [args.gan_generator, args.gan_discriminator]}
+        "gan": [args.gan_generator, args.gan_discriminator], "teacher_weights": run.fingerprint_of(teacher)}
     generator, distill_seconds = fgm.distill(
         fgm.Guided(teacher, args.guidance, embeddings.null), generator, flow, shape,
-        conditions=lambda seeds: embeddings(seeds % len(prompts)), eps=1e-6, extra=gan, run=folder_run,
+        conditions=lambda seeds: embeddings(seeds % len(prompts)), eps=args.eps, extra=gan, run=folder_run,
         **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
 
     # The files, and the scores.

@@ -177,7 +177,7 @@ FLAGS = {
     "kimg": Setting(float, fgm.POSITIVE, "thousand images to train the transformer on"),
     "batch": Setting(int, COUNT, "of the transformer's training"),
     "lr": Setting(float, fgm.POSITIVE, "learning rate of the transformer"),
-    "samples": Setting(int, COUNT, "images judged"),
+    "samples": Setting(int, "[2, 1e9]", "images judged"),
     "seed": RUN_FLAGS["seed"],
 }
 DEFAULTS = dict(out="runs/tiny-sd3", vae_steps=300, kimg=96.0, batch=32, lr=1e-2, samples=240, seed=0)

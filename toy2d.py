@@ -20,7 +20,7 @@ import fgm
 from fgm import InputError
 from parts import flags
 from parts.flags import Setting
-from parts.run import atomically, command, folder_run, save_weights, setup, shard, write_json
+from parts.run import atomically, command, fingerprint_of, folder_run, save_weights, setup, shard, write_json
 
 # ------------------------------------------------------------------------------------------------------------
 # Data, network, distance
@@ -96,16 +96,16 @@ def energy_distance(x, y, directions=32):
 # Swept on the five data sets, for a minute on a laptop.
 DEFAULTS = dict(
     teacher_steps=3000, teacher_lr=2e-3, steps=3600, batch=1024, lr=2e-3, flow_lr=4e-3, lr_warmup=100,
-    lr_decay=2 / 3, clip=1.0, ema=0.99, t_star=0.8, c_in=1.0, l1_weight=1.0, weight="none",
+    lr_decay=2 / 3, clip=1.0, ema=0.99, t_star=0.8, c_in=1.0, c_skip=1.0, l1_weight=1.0, weight="none",
     t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1, samples=50_000,
     save_every=1000, log_every=100,
 )
 FLAGS = {
     "data": Setting(str, list(DATA), "what the teacher learns"),
     "out": Setting(str, None, "output folder (default: runs/DATA)"),
-    "teacher_steps": Setting(int, "[1, 1e9]", "training steps of the teacher"),
-    "teacher_lr": Setting(float, "(0, inf)", "learning rate of the teacher"),
-    "steps": Setting(int, "[1, 1e9]", "distillation steps"),
+    "teacher_steps": Setting(int, fgm.COUNT, "training steps of the teacher"),
+    "teacher_lr": Setting(float, fgm.POSITIVE, "learning rate of the teacher"),
+    "steps": Setting(int, fgm.COUNT, "distillation steps"),
     "samples": Setting(int, "[2, 1e7]", "samples that each distance is measured on"),
 }
 ODE_STEPS = (1, 2, 5, 10, 50)
@@ -125,14 +125,14 @@ def main():
     args = arguments()
     device = setup(args.device)
     torch.manual_seed(args.seed)
-    generator = fgm.OneStepGenerator(VelocityMLP().to(device), args.t_star, args.c_in)
+    net = VelocityMLP().to(device)
+    generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     fgm.micro_batches(args.batch, args.micro_batch)
     run = folder_run(args, args.out or f"runs/{args.data}")
     run.fingerprint = {"data": args.data}
 
     began = time.perf_counter()
     data = toy_data(args.data, 200_000, args.seed).to(device)
-    net = generator.net
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for network in (teacher, flow, net):
         shard(network)
@@ -142,6 +142,7 @@ def main():
     )
     net.load_state_dict(teacher.state_dict())
     flow.load_state_dict(teacher.state_dict())
+    run.fingerprint |= {"teacher_weights": fingerprint_of(teacher)}
     generator, distill_seconds = fgm.distill(
         teacher, generator, flow, (2,), run=run, **flags.distillation_settings(args, args.steps)
     )

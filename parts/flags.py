@@ -22,6 +22,8 @@ class Setting(NamedTuple):
 
     def check(self, name, value):
         """Raises InputError unless value, or every number of a list, is allowed."""
+        if value == "":
+            raise InputError(f"{name} is empty")
         if value is not None and self.allowed is not None:
             alone = self.count is None or isinstance(self.allowed, tuple)
             for number in [value] if alone else value:
@@ -53,6 +55,8 @@ DISTILLATION_FLAGS = {
     "no_ema": Setting(None, None, "use the generator's last weights instead of their average"),
     "t_star": Setting(float, RANGES["t_star"], "t* of the generator, eq. (B.1)"),
     "c_in": Setting(float, RANGES["c_in"], "c_in of the generator, eq. (B.1)"),
+    "c_skip": Setting(float, RANGES["c_skip"], "c_skip of the generator, eq. (B.1)"),
+    "c_out": Setting(float, RANGES["c_out"], "c_out of the generator, eq. (B.1) (default: t*)"),
     "l1_weight": Setting(float, RANGES["l1_weight"],
                          "1: exact gradient (4.10); 0: as the paper does on images; -0.4: SiD's alpha 1.2"),
     "weight": Setting(str, list(fgm.WEIGHTS), "per sample, of the FGM loss; sid: arXiv 2404.04057, eq. 24"),
@@ -64,19 +68,23 @@ DISTILLATION_FLAGS = {
 }
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def add_flags(add, settings):
     """One flag per row; add: a parser's or group's add_argument. Defaults come from Parser.parse_with."""
     for name, setting in settings.items():
-        flag = "--" + name.replace("_", "-")
         if setting.kind is bool:
-            add(flag, action="store_true", help=setting.help)
+            add(flag(name), action="store_true", help=setting.help)
         elif setting.kind is None:
-            add(flag, action="store_const", const=None, dest=name.removeprefix("no_"), help=setting.help)
+            dest = name.removeprefix("no_")
+            add(flag(name), action="store_const", const=None, dest=dest, help=setting.help)
         elif setting.kind is argparse.BooleanOptionalAction:
-            add(flag, action=setting.kind, help=setting.help)
+            add(flag(name), action=setting.kind, help=setting.help)
         else:
             choices = setting.allowed if isinstance(setting.allowed, list) else None
-            action = add(flag, type=setting.kind, nargs=setting.count, choices=choices,
+            action = add(flag(name), type=setting.kind, nargs=setting.count, choices=choices,
                          metavar=setting.metavar, help=setting.help)
             action.setting = setting
 
@@ -98,8 +106,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def parse_with(self, choose):
-        """The command line, with the defaults choose(what was given) -> dict, which --help shows too."""
+    def parse_with(self, choose, needs=(), modes=()):
+        """The command line, with the defaults choose(what was given) -> dict, which --help shows too.
+
+        needs: {flag: flags of which it needs one}; modes: {flag: the flags that mean something beside it}. A
+        flag that would have no effect is refused."""
         given = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
         self.set_defaults(seed=0, precision="auto")
         self.set_defaults(**choose(self.parse_known_args(given)[0]))
@@ -110,6 +121,14 @@ class Parser(argparse.ArgumentParser):
                     action.setting.check(f"argument {action.option_strings[0]}:", getattr(args, action.dest))
                 except InputError as error:
                     self.error(error)
+        words = {word.partition("=")[0] for word in sys.argv[1:]}
+        for name in [action.dest for action in self._actions if words & set(action.option_strings)]:
+            others = dict(needs).get(name, ())
+            if others and not any(getattr(args, other) for other in others):
+                self.error(f"{flag(name)} means nothing without {' or '.join(map(flag, others))}")
+            for mode, meaningful in dict(modes).items():
+                if getattr(args, mode) and name != mode and name not in meaningful:
+                    self.error(f"{flag(name)} means nothing with {flag(mode)}")
         return args
 
 

@@ -17,6 +17,7 @@ from parts.run import noise_from, shard
 # SD3's transformer as a velocity network
 # ------------------------------------------------------------------------------------------------------------
 
+FOR_NOISE, FOR_T = 1, 2  # what the GAN draws from a seed that also chooses the prompt
 FEATURE_BLOCK = 2  # whose hidden states the discriminator sees (appendix B.2: "layer 2")
 
 
@@ -43,9 +44,17 @@ class SD3Velocity(nn.Module):
             hidden_states=x, timestep=1000 * t, encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections, skip_layers=skip_layers, return_dict=False)[0]
 
-    def early_exit(self):
-        """The blocks that a call for features alone can skip."""
-        return list(range(FEATURE_BLOCK + 1, len(self.net.transformer_blocks)))
+    def features_of(self, x, t, **cond):
+        """The image tokens after block 2 for another input, by a pass that stops there.
+
+        .features and .t, those of the last call, stay as they are."""
+        kept = self.features, self.t
+        skipped = list(range(FEATURE_BLOCK + 1, len(self.net.transformer_blocks)))
+        v = self(x, t, **cond, skip_layers=skipped)
+        # FSDP gathers the outermost weights for a backward pass only where it reaches the network's output.
+        found = self.features + 0 * v.mean()
+        self.features, self.t = kept
+        return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -119,8 +128,9 @@ class Adapter(nn.Module):
     features = property(lambda self: self.shared[0].features)
     t = property(lambda self: self.shared[0].t)
 
-    def early_exit(self):
-        return self.shared[0].early_exit()
+    def features_of(self, x, t, **cond):
+        with switched(self.switch, self.name):
+            return self.shared[0].features_of(x, t, **cond)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,8 +234,9 @@ class GAN(nn.Module):
 
     t is drawn from the flow's own, low-noise distribution. In the flow's update the features of generated
     latents are those of the pass that the flow loss has just made; the real ones, and the generator's, leave
-    the network after block 2. real: latents [N, 16, H, W]; embeddings: of their captions; grid: (H / 2, W /
-    2), the network's tokens."""
+    the network after block 2. The paper states no reduction: FGM's losses are sums over the dimensions of a
+    sample and this logit is a mean, so that the GAN's share of the gradient falls as 1 / (H W). real: latents
+    [N, 16, H, W]; embeddings: of their captions; grid: (H / 2, W / 2), the network's tokens."""
 
     def __init__(self, width, grid, real, embeddings, t_gan, generator_weight=1e-2,
                  discriminator_weight=5e-2):
@@ -244,21 +255,17 @@ class GAN(nn.Module):
         return self.head(maps).mean((1, 2, 3))  # [B, 1, H/4, W/4] -> [B]
 
     def features(self, flow, x0, t, seeds, cond):
-        """Hidden states of x0, noised to t with noise that seeds choose, by a pass that stops after block
-        2."""
-        noise = noise_from(seeds ^ 1, x0.shape[1:], x0.device)
-        v = flow(fgm.interpolate(x0, noise, t), t, **cond, skip_layers=flow.early_exit())
-        # FSDP gathers the outermost weights for a backward pass only where it reaches the network's output.
-        return flow.features + 0 * v.mean()
+        """Hidden states of x0, noised to t with noise that seeds choose."""
+        noise = noise_from(seeds ^ FOR_NOISE, x0.shape[1:], x0.device)
+        return flow.features_of(fgm.interpolate(x0, noise, t), t, **cond)
 
     def flow_loss(self, flow, x0, seeds, cond):
-        fake, t = flow.features, flow.t
         chosen = seeds % len(self.real)
         latents = self.real[chosen].to(x0.device, torch.float32)
-        real = self.features(flow, latents, t, seeds, self.embeddings(chosen))
-        return self.weights[1] * (F.softplus(self.logit(fake)) + F.softplus(-self.logit(real)))
+        real = self.features(flow, latents, flow.t, seeds, self.embeddings(chosen))
+        return self.weights[1] * (F.softplus(self.logit(flow.features)) + F.softplus(-self.logit(real)))
 
     def generator_loss(self, flow, x0, seeds, cond):
-        normal = noise_from(seeds ^ 2, (1,), x0.device)[:, 0]  # [B, 1] -> [B]
+        normal = noise_from(seeds ^ FOR_T, (1,), x0.device)[:, 0]  # [B, 1] -> [B]
         t = torch.sigmoid(self.t_gan[0] + self.t_gan[1] * normal)
         return self.weights[0] * F.softplus(-self.logit(self.features(flow, x0, t, seeds, cond)))

@@ -4,7 +4,9 @@ Nothing here knows what is trained. FolderRun is the object that fgm.train_flow 
 """
 
 import fcntl
+import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -25,9 +27,6 @@ from tqdm import tqdm
 import fgm
 from fgm import Diverged, InputError, gathered, process_rank, world_size
 
-# A checkpoint of one process is what we intend.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-
 # ------------------------------------------------------------------------------------------------------------
 # A command
 # ------------------------------------------------------------------------------------------------------------
@@ -35,6 +34,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 
 def folder_run(args, out):
     """The run in folder out that the flags describe."""
+    if args.overwrite and args.resume:
+        raise InputError("--resume goes on with the run in OUT and --overwrite removes it: give one of them")
     resume = "no" if args.overwrite else "any" if args.resume else "same"
     return FolderRun(out, resume, args.save_every, args.log_every, getattr(args, "picture_every", None))
 
@@ -58,6 +59,10 @@ def command(main):
         status, message = 2, error
     except Diverged as error:
         status, message = 1, error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        status, message = 2, f"out of memory, lower --micro-batch, --samples or the network's size ({error})"
     except KeyboardInterrupt:
         status, message = 130, STOPPED
     except SystemExit as error:
@@ -83,13 +88,21 @@ def command(main):
 
 def setup(device=None):
     """Join the other processes if torchrun started us, and return this one's device (default: a GPU's)."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"--device {device}: cpu, cuda or cuda:N are possible") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: cpu, cuda or cuda:N are possible")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(hours=2)  # the others wait while one downloads or scores
         dist.init_process_group(backend, timeout=timeout)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device
 
@@ -103,13 +116,15 @@ def shard(net, blocks=(), bf16=False):
     Copy networks before, not after. bf16: gather weights in bfloat16; gradients are reduced in float32, and
     inputs are not cast, so that t stays float32."""
     if world_size() > 1:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mixed = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
         policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
+        mesh = init_device_mesh(next(net.parameters()).device.type, (world_size(),))
         large = sum(p.numel() for p in net.parameters()) >= GATHERED_WHOLE
         for part in [*blocks, net] if large else [net]:
-            fully_shard(part, mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy)
     return net
 
 
@@ -156,9 +171,18 @@ def atomically(path):
         temporary.unlink(missing_ok=True)
 
 
+def finite(content):
+    """The same with None for every number that JSON does not know: nan and the infinities."""
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_json(path, content):
     with atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(json.dumps(finite(content), indent=1) + "\n")
 
 
 def read_json(path):
@@ -177,9 +201,21 @@ def save_tensors(tensors, path, metadata=None):
         save_file(tensors, temporary, metadata)
 
 
+def fingerprint_of(net):
+    """A checksum of a network's parameters and buffers. A collective call."""
+    value = 0
+    for name, tensor in sorted(net.state_dict().items()):
+        whole = gathered(tensor.detach()).cpu().contiguous()
+        value = zlib.crc32(whole.view(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
+
+
 def save_weights(net, path, metadata=None):
     """Write a network's parameters and buffers as safetensors. A collective call."""
     state = {name: gathered(value.detach()).cpu().contiguous() for name, value in net.state_dict().items()}
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise Diverged(f"{path} was not written: its weights are not finite, first in {broken[0]}")
     if process_rank() == 0:
         save_tensors(state, path, metadata)
 
@@ -225,11 +261,15 @@ def checkpoints(folder, phase):
 
 @contextmanager
 def unwrapped():
-    """Raise what torch.distributed.checkpoint caught, SystemExit and Ctrl-C included, not its wrapping."""
+    """Raise what torch.distributed.checkpoint caught, SystemExit and Ctrl-C included, not its wrapping.
+
+    Within, it does not warn of checkpoints by one process, which are what we intend then."""
     from torch.distributed.checkpoint import CheckpointException
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            yield
     except CheckpointException as error:
         raise next(failure for failure, _ in error.failures.values()) from None
 
@@ -270,6 +310,18 @@ def save_checkpoint(folder, phase, step, learners, settings, seconds):
         raise InputError(f"cannot write the checkpoint {target} ({error}); earlier ones are untouched: "
                          "free some space and run again") from error
     return target
+
+
+def described(value):
+    """A setting as JSON can hold it; a function by its name, a lambda by its code, a partial by its parts."""
+    if isinstance(value, functools.partial):
+        return f"partial({described(value.func)}, {value.args}, {value.keywords})"
+    if not callable(value):
+        return value
+    code = getattr(value, "__code__", None)
+    if code is None or value.__name__ != "<lambda>":
+        return getattr(value, "__name__", type(value).__name__)
+    return f"lambda {zlib.crc32(repr((code.co_code, code.co_consts, code.co_names)).encode()):08x}"
 
 
 def load_checkpoint(folder, phase, learners, settings, resume):
@@ -354,9 +406,11 @@ class FolderRun(fgm.Run):
             for phase in self.PHASES if resume == "no" else ():
                 for old in checkpoints(self.folder, phase):
                     shutil.rmtree(old)
+            for name in ("generator.safetensors", "metrics.json", "log.jsonl") if resume == "no" else ():
+                (self.out / name).unlink(missing_ok=True)
 
     def steps(self, phase, steps, learners, settings):
-        settings = settings | self.fingerprint
+        settings = {name: described(value) for name, value in (settings | self.fingerprint).items()}
         start, before = load_checkpoint(self.folder, phase, learners, settings, self.resume)
         began = time.perf_counter() - before
         self.phase, self.first_bad = phase, None
@@ -383,6 +437,9 @@ class FolderRun(fgm.Run):
         learner.swap()
         with torch.no_grad():
             self.picture(step, learner.module)
+        for part in learner.module.modules():
+            if hasattr(part, "reshard"):
+                part.reshard()  # FSDP2 keeps the outermost weights gathered after passes without gradients
         learner.swap()
 
     def open_log(self, start, steps, batch, device):
@@ -437,7 +494,7 @@ class FolderRun(fgm.Run):
         if process_rank() == 0:
             try:
                 with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json.dumps(finite(record)) + "\n")
             except OSError as error:
                 kept = f"; the last checkpoint is {self.last_good}" if self.last_good else ""
                 raise InputError(f"cannot write {self.out / 'log.jsonl'} ({error.strerror}){kept}") from error

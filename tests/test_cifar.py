@@ -316,7 +316,7 @@ def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     of_file = np.load(tmp_path / "samples-one-step.npz")
     assert np.abs(of_file["images"].astype(int) - of_run["images"][:4]).max() <= 1
-    assert drive("cifar.py", "--sample", 4, "--steps", 3, "--out", out).returncode == 0
+    assert drive("cifar.py", "--sample", 4, "--ode-steps", 3, "--out", out).returncode == 0
     assert (out / "samples-3-steps.png").exists()
 
 
@@ -335,7 +335,7 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         (["--sample", "4", "--classes", "10", "--out", out], "--classes must lie in 0..9"),
         (["--sample", "0", "--out", out], "argument --sample: must be in [1, 1e9], got 0"),
         (["--data", "digits", "--batch", "0"], "argument --batch: must be in [1, 1e9], got 0"),
-        (["--data", "nowhere", "--t-star", "1.5"], "argument --t-star: must be in (0, 1], got 1.5"),
+        (["--data", "nowhere", "--t-star", "1.5"], "argument --t-star: must be in [0, 1], got 1.5"),
         (["--data", "nowhere", "--channel-mult", "1", "0"], "argument --channel-mult: must be in [1"),
         (["--data", "nowhere", "--batch", "16", "--micro-batch", "5"], "micro-batch"),
         ([*SMALL, "--cond", "--out", out, "--lr", "0.5"], "resume"),

@@ -1,6 +1,7 @@
 """The two training loops and the runs around them: learning, resuming, several processes, faults."""
 
 import copy
+import functools
 import json
 import math
 import resource
@@ -104,6 +105,93 @@ def test_extra_losses_reach_both_networks():
 
     plain, nothing, something = distilled(), distilled(extra=Extra(0.0)), distilled(extra=Extra(5.0))
     assert torch.equal(plain, nothing) and not torch.equal(plain, something)
+
+
+def test_lambdas_and_partials_are_told_apart_in_settings():
+    names = {run.described(weight) for weight in (
+        lambda t, u, target: t, lambda t, u, target: 2 * t, lambda t, u, target: t**2,
+        functools.partial(fgm.logit_normal, 1), functools.partial(fgm.logit_normal, 2), fgm.sid_weight)}
+    assert len(names) == 6 and "sid_weight" in names and json.dumps(sorted(names))
+
+
+def test_another_teacher_is_not_taken_for_the_first(finished, tmp_path):
+    """Run A; then other teacher settings with --overwrite, killed; then the same without: A is gone."""
+    shutil.copytree(finished[0], tmp_path / "out", dirs_exist_ok=True)
+    other = [*SMALL, "--teacher-lr", "0.01", "--out", tmp_path / "out"]
+    process = subprocess.Popen(command("toy2d.py", *other, "--overwrite"), env=ENV, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out/checkpoints/teacher-000000010").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out/metrics.json").exists()
+    assert not list((tmp_path / "out/checkpoints").glob("distill-*"))
+    for out in (tmp_path / "out", tmp_path / "fresh"):
+        done = drive("toy2d.py", *other[:-1], out)
+        assert done.returncode == 0, done.stderr
+    assert_same_networks(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_distillation_is_tied_to_the_weights_of_its_teacher(tmp_path):
+    teacher, generator, flow = networks()
+    settings = dict(steps=2, batch=4)
+    fingerprint = {"teacher_weights": run.fingerprint_of(teacher)}
+    first = run.FolderRun(tmp_path, fingerprint=fingerprint)
+    fgm.distill(teacher, generator, flow, (2,), run=first, **settings)
+    run.FolderRun.locks.pop().close()
+    teacher, generator, flow = networks(seed=1)
+    fingerprint = {"teacher_weights": run.fingerprint_of(teacher)}
+    with pytest.raises(fgm.InputError, match="teacher_weights [0-9a-f]{8} -> [0-9a-f]{8}"):
+        other = run.FolderRun(tmp_path, fingerprint=fingerprint)
+        fgm.distill(teacher, generator, flow, (2,), run=other, **settings)
+    run.FolderRun.locks.pop().close()
+
+
+PICTURES = """
+import copy, sys, torch, fgm, toy2d
+from parts import run
+
+run.GATHERED_WHOLE = 0  # sharded as a large network
+
+
+def main():
+    device = run.setup("cpu")
+    torch.manual_seed(0)
+    net = toy2d.VelocityMLP(width=16, depth=2)
+    nets = [net, copy.deepcopy(net), copy.deepcopy(net)]
+    for one in nets:
+        run.shard(one, [layer for layer in one.net if isinstance(layer, torch.nn.Linear)])
+    z = torch.randn(4, 2)
+    folder = run.FolderRun(sys.argv[1], save_every=2, picture_every=2)
+    folder.picture = lambda step, generator: generator(z)
+    generator = fgm.OneStepGenerator(nets[1], 0.8)
+    fgm.distill(nets[0], generator, nets[2], (2,), steps=6, batch=8, lr=1e-2, ema_decay=0.9, run=folder)
+    run.save_weights(generator.net, sys.argv[2])
+
+
+run.command(main)
+"""
+
+
+def test_pictures_between_steps_change_nothing_on_two_processes(tmp_path):
+    (tmp_path / "pictures.py").write_text(PICTURES)
+    found = []
+    for processes in (None, 2):
+        weights_file = tmp_path / f"{processes}.safetensors"
+        out = tmp_path / f"run{processes}"
+        done = drive(tmp_path / "pictures.py", out, weights_file, processes=processes)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.cat([value.flatten() for value in load_file(weights_file).values()]))
+    assert (found[0] - found[1]).norm() < 1e-6 * found[0].norm()
+
+
+def test_what_is_written_is_finite(tmp_path):
+    run.write_json(tmp_path / "a.json", {"a": math.nan, "b": [1.0, math.inf], "c": {"d": 2}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [1.0, None], "c": {"d": 2}}
+    net = networks()[0]
+    net.net[0].weight.data[0, 0] = math.nan
+    with pytest.raises(fgm.Diverged, match="net.0.weight"):
+        run.save_weights(net, tmp_path / "net.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_conditions_reach_every_network_and_follow_the_seeds():
@@ -331,12 +419,12 @@ def test_full_disk_keeps_the_checkpoint_before(finished, tmp_path):
         (["--colour", "red"], "unrecognized arguments"),
         (["--steps", "0"], "argument --steps: must be in [1, 1e9], got 0"),
         (["--batch", "-4"], "argument --batch: must be in [1, 1e9], got -4"),
-        (["--lr", "nan"], "argument --lr: must be in (0, inf), got nan"),
-        (["--lr", "inf"], "argument --lr: must be in (0, inf), got inf"),
+        (["--lr", "nan"], "argument --lr: must be in (0, 1e9], got nan"),
+        (["--lr", "inf"], "argument --lr: must be in (0, 1e9], got inf"),
         (["--lr", "many"], "invalid float value"),
         (["--lr-decay", "1.5"], "argument --lr-decay: must be in [0, 1], got 1.5"),
         (["--ema", "1"], "argument --ema: must be in [0, 1), got 1.0"),
-        (["--t-star", "1.5"], "argument --t-star: must be in (0, 1], got 1.5"),
+        (["--t-star", "1.5"], "argument --t-star: must be in [0, 1], got 1.5"),
         (["--t-flow", "0", "-1"], "argument --t-flow: must be in [0, 20], got -1.0"),
         (["--micro-batch", "5"], "global batch 16"),
         (["--out", str(ROOT / "README.md")], "cannot write to the output folder"),
