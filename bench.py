@@ -32,7 +32,7 @@ import toy2d
 from parts import edm, images, mmdit
 from parts.flags import COUNT, Parser, Setting, add_flags
 from parts.pipeline import quiet
-from parts.run import FolderRun, command, setup, write_json
+from parts.run import FolderRun, command, open_folder, setup, write_json
 
 # ------------------------------------------------------------------------------------------------------------
 # The subjects: what fgm.distill takes, new in every call
@@ -327,6 +327,8 @@ def main():
     add_flags(parser.add_argument, FLAGS)
     args = parser.parse_with(lambda given: {"only": list(PARTS), "repeats": 5})
     device, rows = setup(args.device), {}
+    if args.json:
+        open_folder(Path(args.json).parent)  # raises now, not when all is measured
     keep_memory()
     quiet()
     gpu = device.type == "cuda"

@@ -145,7 +145,8 @@ def draw_from_files(args, device):
     images.save_grid(f"{target}.png", pixels[:1000])
     if args.npz:
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # [N, C, R, R] -> [N, R, R, C]
-        np.savez(f"{target}.npz", images=arrays, labels=labels.numpy())
+        with run.atomically(f"{target}.npz") as temporary:
+            np.savez(temporary, images=arrays, labels=labels.numpy())
         written.append(f"{target}.npz")
     print(f"{len(pixels)} images in {seconds:.2f} s: {', '.join(written)}")
 

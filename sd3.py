@@ -28,7 +28,7 @@ import torch
 import fgm
 from fgm import InputError
 from parts import flags, pipeline, run
-from parts.captions import judge
+from parts.captions import digit_of, judge
 from parts.flags import COUNT, Setting
 from parts.images import save_grid
 from parts.mmdit import GAN, memory_estimate, networks
@@ -134,8 +134,11 @@ def draw_from_run(args, device, dtype):
         raise InputError(f"{source} does not exist: the run has not finished, or --out names another folder")
     size = (args.height, args.width)
     if not args.ode_steps and (out / "config.json").exists():
-        settings = run.read_json(out / "config.json")["settings"]
-        size = (settings["height"], settings["width"])
+        try:
+            settings = run.read_json(out / "config.json")["settings"]
+            size = (int(settings["height"]), int(settings["width"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{out}/config.json is damaged: it does not tell the images' size") from error
     pipe = pipeline.open_pipeline(source, device, dtype)
     if args.geneval:
         target = out / (f"geneval-{steps}-steps" if args.ode_steps else "geneval")
@@ -269,6 +272,9 @@ def main():
     config = run.read_json(folder / "transformer" / "config.json")
     shape = latent_shape(args, folder, config)
     prompts = find_prompts(args, folder)
+    if is_miniature(folder):
+        for prompt in prompts:
+            digit_of(prompt)  # raises now, not at the scores, for one that names no digit
     images, captions = pipeline.load_real(args.real, (args.height, args.width)) if args.real else (None, [])
     out = run.open_folder(args.out)
     torch.manual_seed(args.seed)
