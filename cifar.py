@@ -33,8 +33,9 @@ from parts.flags import Setting
 # ------------------------------------------------------------------------------------------------------------
 
 # The paper's settings (section 5.1, appendix B.1) and EDM's network, for CIFAR-10 and other images of that
-# size. The paper does not say where its CIFAR-10 generator starts: t_star = c_in = c_skip = c_out = 2.5 / 3.5
-# is SiD's start (arXiv 2404.04057) in our terms, the best on digits.
+# size; ours are the warm-up, the teacher's beta1 of 0.9 and the start. Section 5.1 starts from (5.1), without
+# a value of t* and with a sign that fgm.OneStepGenerator explains. t_star = c_in = c_skip = c_out = 2.5 / 3.5
+# is SiD's start (arXiv 2404.04057), the best of four on digits.
 PAPER = dict(
     model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attention=[16], dropout=0.13, flip=True,
     teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999, kimg=20_000, batch=512, lr=2e-5, flow_lr=2e-5,
@@ -102,7 +103,7 @@ def arguments():
         "data": DATA_FLAGS,
         "run": OUT_FLAG | flags.RUN_FLAGS | flags.PICTURE_FLAG | PAPER_FLAG,
         "teacher and network (EDM, arXiv 2206.00364; section 5.1)": TEACHER_FLAGS,
-        "distillation (Algorithm 1; section 5.1, B.1)": KIMG_FLAG | flags.DISTILLATION_FLAGS,
+        "distillation (Algorithm 1; section 5.1, appendix B.1)": KIMG_FLAG | flags.DISTILLATION_FLAGS,
         "scores": SCORE_FLAGS,
         "drawing samples from a finished run": SAMPLE_FLAGS,
     }
@@ -110,7 +111,7 @@ def arguments():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     parser.set_defaults(data="cifar10")
     needs = {name: ["sample"] for name in SAMPLE_FLAGS if name != "sample"} | {"inception_weights": ["fid"]}
-    meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device", "precision"]
+    meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device"]
     return parser.parse_with(defaults, needs, {"sample": meaningful})
 
 
@@ -236,10 +237,9 @@ def main():
         )
     run.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(description)})
 
-    # Distillation, Algorithm 1: all three networks start as the teacher, without dropout.
-    for module in (net, flow, teacher):
+    # Distillation, Algorithm 1: all three networks start as the teacher.
+    for module in (net, flow):
         module.load_state_dict(teacher.state_dict())
-        module.eval()
 
     def picture(step, generator):
         bf16 = fgm.wants_bf16(args.precision, device)

@@ -7,7 +7,7 @@ velocity field v_t of its own. FGM makes v_t equal to the teacher's u_t, so that
     minimise  E || u_t(x_t) - v_t(x_t) ||^2  over g,   with  x_t = (1 - t) g(z) + t noise                (4.1)
 
 v_t is unknown and depends on g. The Flow Product Identity (4.7) removes its derivative; what remains are two
-losses with the gradient of (4.1), in which v is an online flow that is evaluated but not differentiated:
+losses whose gradients add up to that of (4.1), in which v is an online flow that is evaluated only:
 
     L1 = || u - v ||^2  (4.11)       L2 = 2 <u - v, v - (noise - x0)>  (4.12)       FGM = L1 + L2  (4.10)
 
@@ -24,8 +24,8 @@ minimises L2 + l1_weight * L1 with l1_weight 0 by default, the paper's practice 
 
 Conventions. t is float32 of shape [B] in [0, 1]; t = 0 is data, t = 1 is noise. A velocity is noise - x0, an
 Euler step from t to s is x + (s - t) v. A velocity network is any callable net(x, t, **cond) -> v with
-v.shape == x.shape. Losses are sums over the dimensions of a sample, one value per sample. (4.1) is an
-equation of the paper, B.1 an appendix. This file needs torch and numpy alone and can be copied elsewhere.
+v.shape == x.shape; one that is trained or copied must be an nn.Module. Losses are sums over the dimensions of
+a sample, one value per sample. This file needs torch and numpy alone and can be copied elsewhere.
 """
 
 import math
@@ -63,7 +63,7 @@ def dot(a, b):
 
 
 def interpolate(x0, noise, t):
-    """The ReFlow path x_t = (1 - t) x0 + t noise (section 3, above 3.6).
+    """The ReFlow path x_t = (1 - t) x0 + t noise (under the expectation in 3.6).
 
     x0, noise: [B, ...]. t: [B] in [0, 1], 0 is data. Returns x_t [B, ...]. Raises InputError (a ValueError)
     for other shapes, and on a CPU for t outside [0, 1] (on a GPU the check would stall its queue)."""
@@ -94,18 +94,18 @@ def reflow_loss(net, x0, noise, t, **cond):
 
 
 def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
-    """The FGM losses (4.11), (4.12). Where flow is exact, their sum has the gradient of (4.1): Theorem 4.2.
+    """The FGM losses (4.11), (4.12). Where flow is exact, their gradients add up to that of (4.1), see (4.3).
 
     x0 = g(z) [B, ...] carries the generator's graph; noise [B, ...] and t [B] must be drawn independently of
     z (Theorem 4.1 conditions on x0 alone). Gradients reach x0 through noise - x0 and through x_t, the input
     of both networks; none reaches the parameters of a teacher or flow that is an nn.Module. With activation
     checkpointing, call backward inside frozen(teacher, flow) as well. weight(t, u, target) -> [B], if given,
-    scales both losses, as a constant. Returns (l1 [B], l2 [B])."""
+    scales both, as a constant. Returns (l1 [B], l2 [B])."""
     with frozen(teacher, flow):
         xt = interpolate(x0, noise, t)
         u = velocity(teacher, xt, t, **cond)
         v = velocity(flow, xt, t, **cond)
-    target = noise - x0  # the conditional velocity u_t(x_t | x0)
+    target = noise - x0  # u_t(x_t | x0) of (3.5), (x_t - x0) / t
     l1 = dot(u - v, u - v)  # (4.11)
     l2 = 2 * dot(u - v, v - target)  # (4.12)
     if weight is not None:
@@ -140,7 +140,7 @@ def frozen(*nets):
 
 
 def logit_normal(n, mean, std, device=None, generator=None):
-    """t = sigmoid(mean + std * normal), float32 [n] in [0, 1]; a larger mean is noisier (B.1, B.2)."""
+    """t = sigmoid(mean + std * normal), float32 [n] in [0, 1]; a larger mean is noisier (appendix B)."""
     return torch.sigmoid(mean + std * torch.randn(n, device=device, generator=generator))
 
 
@@ -226,14 +226,140 @@ class Guided(nn.Module):
         return v_null.float() + self.scale * (v_cond.float() - v_null.float())
 
 
-guided = Guided
+guided = Guided  # the former name
+
+# ------------------------------------------------------------------------------------------------------------
+# Training: the teacher by ReFlow (3.6), the generator by Algorithm 1
+# ------------------------------------------------------------------------------------------------------------
+
+
+def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9, 0.999), eps=1e-8,
+               lr_warmup=0, lr_decay=0.0, clip=None, t_flow=(0.0, 2.0), ema_decay=0.999, seed=0,
+               precision="auto", compile=False, run=None):
+    """Train net as a flow model of data with the ReFlow loss (3.6).
+
+    data(seeds) -> (x0 [B, ...], cond): the samples and conditions that int64 seeds [B] choose, on the
+    network's device. batch is global. The learning rate rises over lr_warmup steps and falls to 0 over the
+    last share lr_decay of all; clip bounds the norm of a gradient. t ~ logit-normal(*t_flow). run: what
+    surrounds the loop. Returns (net, with the moving average as its weights, seconds spent). Raises
+    InputError (a ValueError) for settings outside RANGES, Diverged for a non-finite loss or gradient."""
+    settings = dict(steps=steps, batch=batch, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay, clip=clip,
+                    t_flow=t_flow, ema_decay=ema_decay, seed=seed, precision=precision)
+    check_settings(**settings)
+    decay_steps = round(lr_decay * steps)
+    settings |= dict(betas=betas, eps=eps)
+    slices = micro_batches(batch, micro_batch)
+    device = next(net.parameters()).device
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
+    learner = Learner(net, lr, betas, eps, clip, ema_decay)
+    if compile:
+        net.compile()
+    run = run or Run()
+    for step in run.steps("teacher", steps, {"teacher": learner}, settings):
+        draws = Draws(batch, device, seed, TEACHER, step)
+        t, seeds, noise, losses = draws.sample_t(*t_flow), draws.seeds(), None, []
+        for rows in slices:
+            x0, cond = data(seeds[rows])
+            noise = draws.normal(x0.shape[1:]) if noise is None else noise  # of all slices at once
+            with bf16:
+                loss = reflow_loss(net, x0, noise[rows], t[rows], **cond)
+            (loss.mean() / len(slices)).backward()
+            losses.append(loss.detach())
+        gradient = learner.update(schedule(step, steps, lr_warmup, decay_steps))
+        run.log_by_t(t, torch.cat(losses))
+        run.log(flow_loss=torch.cat(losses), flow_gradient=gradient)
+    learner.swap()
+    return net, run.seconds
+
+
+def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, conditions=None, lr=2e-5,
+            flow_lr=None, betas=(0.0, 0.999), eps=1e-8, lr_warmup=0, lr_decay=0.0, clip=None,
+            t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), l1_weight=0.0, weight=None, loss_scale=1.0,
+            flow_updates=1, extra=None, ema_decay=0.999, seed=0, precision="auto", compile=False, run=None):
+    """Algorithm 1: distil teacher into generator, with the online flow `flow`.
+
+    generator (a OneStepGenerator) and flow start as copies of the teacher and are changed; modules are put
+    into evaluation mode. shape: that of one sample. conditions(seeds) -> cond: the conditions that int64
+    seeds [B] choose. The generator minimises loss_scale * (L2 + l1_weight * L1): l1_weight 1 is the exact
+    gradient of (4.1), 0 the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
+    weight(t, u, target) -> [B] scales L1 and L2. t ~ logit-normal(*t_generator) in the FGM loss, (*t_flow)
+    in the flow's. flow_lr None: lr. extra: an nn.Module with flow_loss(flow, x0, seeds, cond) and
+    generator_loss(flow, x0, seeds, cond), [B] each, added to the two losses (loss_scale scales the latter,
+    too); its parameters train with the flow's settings (the GAN of appendix B.2).
+    Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
+    flow_lr = lr if flow_lr is None else flow_lr
+    settings = dict(steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
+                    clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
+                    loss_scale=loss_scale, flow_updates=flow_updates, ema_decay=ema_decay, seed=seed,
+                    precision=precision, **generator.coefficients())
+    check_settings(**settings)
+    decay_steps = round(lr_decay * steps)
+    settings |= dict(betas=betas, eps=eps, weight=weight)
+    slices = micro_batches(batch, micro_batch)
+    device = next(generator.parameters()).device
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
+    conditions, run = conditions or (lambda seeds: {}), run or Run()
+    generator_learner = Learner(generator, lr, betas, eps, clip, ema_decay)
+    flow_learners = {"flow": Learner(flow, flow_lr, betas, eps, clip)}
+    if extra is not None:
+        flow_learners["extra"] = Learner(extra, flow_lr, betas, eps, clip)
+    for net in (teacher, generator.net, flow):
+        if isinstance(net, nn.Module):
+            net.eval()  # no dropout in Algorithm 1
+            if compile:
+                net.compile()
+    for step in run.steps("distill", steps, {"generator": generator_learner} | flow_learners, settings):
+        lr_factor = schedule(step, steps, lr_warmup, decay_steps)
+
+        # The online flow: ReFlow (3.6) on fresh samples of the generator.
+        for k in range(flow_updates):
+            draws, losses = Draws(batch, device, seed, ONLINE_FLOW, step, k), defaultdict(list)
+            z, noise, t, seeds = draws.for_update(shape, *t_flow)
+            for rows in slices:
+                cond = conditions(seeds[rows])
+                with bf16, torch.no_grad():
+                    x0 = generator(z[rows], **cond)
+                with bf16:
+                    loss = reflow_loss(flow, x0, noise[rows], t[rows], **cond)
+                    losses["flow_loss"].append(loss.detach())
+                    if extra is not None:
+                        extra_loss = extra.flow_loss(flow, x0, seeds[rows], cond)
+                        losses["extra_flow_loss"].append(extra_loss.detach())
+                        loss = loss + extra_loss
+                (loss.mean() / len(slices)).backward()
+            gradients = {f"{name}_gradient": net.update(lr_factor) for name, net in flow_learners.items()}
+            log = {name: torch.cat(values) for name, values in losses.items()} | gradients
+            run.log_by_t(t, log["flow_loss"])
+
+        # The generator: L2 + l1_weight * L1, (4.12) and (4.11); teacher and online flow are evaluated only.
+        draws, losses = Draws(batch, device, seed, GENERATOR, step), defaultdict(list)
+        z, noise, t, seeds = draws.for_update(shape, *t_generator)
+        with frozen(teacher, flow, extra):
+            for rows in slices:
+                cond = conditions(seeds[rows])
+                with bf16:
+                    x0 = generator(z[rows], **cond)
+                    l1, l2 = fgm_losses(teacher, flow, x0, noise[rows], t[rows], weight=weight, **cond)
+                    losses["l1"].append(l1.detach())
+                    losses["l2"].append(l2.detach())
+                    loss = l2 + l1_weight * l1 if l1_weight else l2
+                    if extra is not None:
+                        extra_loss = extra.generator_loss(flow, x0, seeds[rows], cond)
+                        losses["extra_generator_loss"].append(extra_loss.detach())
+                        loss = loss + extra_loss
+                (loss_scale * loss.mean() / len(slices)).backward()
+            run.look_at(teacher, flow, x0, noise[rows], t[rows], bf16, weight, cond)  # the last slice's
+            gradient = generator_learner.update(lr_factor)
+        log |= {name: torch.cat(values) for name, values in losses.items()}
+        run.log(**log, generator_gradient=gradient)
+    generator_learner.swap()
+    return generator, run.seconds
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings, processes, random draws
+# Settings (the command-line flags read the same ranges), processes, random draws
 # ------------------------------------------------------------------------------------------------------------
 
-# What each setting may be; the command-line flags read the same table.
 COUNT, POSITIVE, LOGIT_NORMAL = "[1, 1e9]", "(0, 1e9]", ("[-20, 20]", "[0, 20]")
 RANGES = {
     "steps": COUNT, "batch": COUNT, "micro_batch": COUNT, "flow_updates": "[1, 1e3]", "lr_warmup": "[0, 1e9]",
@@ -419,134 +545,6 @@ class Run:
             kept = self.last_good and f"the last good checkpoint is {self.last_good}"
             raise Diverged(f"{self.phase} diverged: {name} is not finite at step {step}; "
                            f"{kept or 'there is no checkpoint yet'}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Training: the teacher by ReFlow (3.6), the generator by Algorithm 1
-# ------------------------------------------------------------------------------------------------------------
-
-
-def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9, 0.999), eps=1e-8,
-               lr_warmup=0, lr_decay=0.0, clip=None, t_flow=(0.0, 2.0), ema_decay=0.999, seed=0,
-               precision="auto", compile=False, run=None):
-    """Train net as a flow model of data with the ReFlow loss (3.6).
-
-    data(seeds) -> (x0 [B, ...], cond): the samples and conditions that int64 seeds [B] choose, on the
-    network's device. batch is global. The learning rate rises over lr_warmup steps and falls to 0 over the
-    last share lr_decay of all; clip bounds the norm of a gradient. t ~ logit-normal(*t_flow). run: what
-    surrounds the loop. Returns (net, with the moving average as its weights, seconds spent). Raises
-    InputError (a ValueError) for settings outside RANGES, Diverged for a non-finite loss or gradient."""
-    settings = dict(steps=steps, batch=batch, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay, clip=clip,
-                    t_flow=t_flow, ema_decay=ema_decay, seed=seed, precision=precision)
-    check_settings(**settings)
-    decay_steps = round(lr_decay * steps)
-    settings |= dict(betas=betas, eps=eps, lr_decay=decay_steps)
-    slices = micro_batches(batch, micro_batch)
-    device = next(net.parameters()).device
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
-    learner = Learner(net, lr, betas, eps, clip, ema_decay)
-    if compile:
-        net.compile()
-    run = run or Run()
-    for step in run.steps("teacher", steps, {"teacher": learner}, settings):
-        draws = Draws(batch, device, seed, TEACHER, step)
-        t, seeds, noise, losses = draws.sample_t(*t_flow), draws.seeds(), None, []
-        for rows in slices:
-            x0, cond = data(seeds[rows])
-            noise = draws.normal(x0.shape[1:]) if noise is None else noise  # of all slices at once
-            with bf16:
-                loss = reflow_loss(net, x0, noise[rows], t[rows], **cond)
-            (loss.mean() / len(slices)).backward()
-            losses.append(loss.detach())
-        gradient = learner.update(schedule(step, steps, lr_warmup, decay_steps))
-        run.log_by_t(t, torch.cat(losses))
-        run.log(flow_loss=torch.cat(losses), flow_gradient=gradient)
-    learner.swap()
-    return net, run.seconds
-
-
-def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, conditions=None, lr=2e-5,
-            flow_lr=None, betas=(0.0, 0.999), eps=1e-8, lr_warmup=0, lr_decay=0.0, clip=None,
-            t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), l1_weight=0.0, weight=None, loss_scale=1.0,
-            flow_updates=1, extra=None, ema_decay=0.999, seed=0, precision="auto", compile=False, run=None):
-    """Algorithm 1: distil teacher into generator, with the online flow `flow`.
-
-    generator (a OneStepGenerator) and flow start as copies of the teacher and are changed; modules are put
-    into evaluation mode. shape: that of one sample. conditions(seeds) -> cond: the conditions that int64
-    seeds [B] choose. The generator minimises loss_scale * (L2 + l1_weight * L1): l1_weight 1 is the exact
-    gradient of (4.1), 0 the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
-    weight(t, u, target) -> [B] scales L1 and L2. t ~ logit-normal(*t_generator) in the FGM loss, (*t_flow)
-    in the flow's. flow_lr None: lr. extra: an nn.Module with flow_loss(flow, x0, seeds, cond) and
-    generator_loss(flow, x0, seeds, cond), [B] each, added to the two losses (loss_scale scales the latter,
-    too); its parameters train with the flow's settings (the GAN of appendix B.2).
-    Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
-    flow_lr = flow_lr or lr
-    settings = dict(steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
-                    clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
-                    loss_scale=loss_scale, flow_updates=flow_updates, ema_decay=ema_decay, seed=seed,
-                    precision=precision, **generator.coefficients())
-    check_settings(**settings)
-    decay_steps = round(lr_decay * steps)
-    settings |= dict(betas=betas, eps=eps, lr_decay=decay_steps, weight=weight)
-    slices = micro_batches(batch, micro_batch)
-    device = next(generator.parameters()).device
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
-    conditions, run = conditions or (lambda seeds: {}), run or Run()
-    generator_learner = Learner(generator, lr, betas, eps, clip, ema_decay)
-    flow_learners = {"flow": Learner(flow, flow_lr, betas, eps, clip)}
-    if extra is not None:
-        flow_learners["extra"] = Learner(extra, flow_lr, betas, eps, clip)
-    for net in (teacher, generator.net, flow):
-        if isinstance(net, nn.Module):
-            net.eval()  # no dropout in Algorithm 1
-            if compile:
-                net.compile()
-    for step in run.steps("distill", steps, {"generator": generator_learner} | flow_learners, settings):
-        lr_factor = schedule(step, steps, lr_warmup, decay_steps)
-
-        # The online flow: ReFlow (3.6) on fresh samples of the generator.
-        for k in range(flow_updates):
-            draws, losses = Draws(batch, device, seed, ONLINE_FLOW, step, k), defaultdict(list)
-            z, noise, t, seeds = draws.for_update(shape, *t_flow)
-            for rows in slices:
-                cond = conditions(seeds[rows])
-                with bf16, torch.no_grad():
-                    x0 = generator(z[rows], **cond)
-                with bf16:
-                    loss = reflow_loss(flow, x0, noise[rows], t[rows], **cond)
-                    losses["flow_loss"].append(loss.detach())
-                    if extra is not None:
-                        extra_loss = extra.flow_loss(flow, x0, seeds[rows], cond)
-                        losses["extra_flow_loss"].append(extra_loss.detach())
-                        loss = loss + extra_loss
-                (loss.mean() / len(slices)).backward()
-            gradients = {f"{name}_gradient": net.update(lr_factor) for name, net in flow_learners.items()}
-            log = {name: torch.cat(values) for name, values in losses.items()} | gradients
-            run.log_by_t(t, log["flow_loss"])
-
-        # The generator: FGM (4.10) against the teacher and the online flow, which are evaluated only.
-        draws, losses = Draws(batch, device, seed, GENERATOR, step), defaultdict(list)
-        z, noise, t, seeds = draws.for_update(shape, *t_generator)
-        with frozen(teacher, flow, extra):
-            for rows in slices:
-                cond = conditions(seeds[rows])
-                with bf16:
-                    x0 = generator(z[rows], **cond)
-                    l1, l2 = fgm_losses(teacher, flow, x0, noise[rows], t[rows], weight=weight, **cond)
-                    losses["l1"].append(l1.detach())
-                    losses["l2"].append(l2.detach())
-                    loss = l2 + l1_weight * l1 if l1_weight else l2
-                    if extra is not None:
-                        extra_loss = extra.generator_loss(flow, x0, seeds[rows], cond)
-                        losses["extra_generator_loss"].append(extra_loss.detach())
-                        loss = loss + extra_loss
-                (loss_scale * loss.mean() / len(slices)).backward()
-            run.look_at(teacher, flow, x0, noise[rows], t[rows], bf16, weight, cond)  # the last slice's
-            gradient = generator_learner.update(lr_factor)
-        log |= {name: torch.cat(values) for name, values in losses.items()}
-        run.log(**log, generator_gradient=gradient)
-    generator_learner.swap()
-    return generator, run.seconds
 
 
 # ------------------------------------------------------------------------------------------------------------

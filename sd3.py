@@ -42,7 +42,7 @@ from parts.prompts import Embeddings, encode_prompts, grammar, read_prompts
 PAPER = dict(
     model="stabilityai/stable-diffusion-3-medium-diffusers", height=1024, width=1024, out="runs/sd3",
     save_every=250, log_every=10, picture_every=250, guidance=4.0, kimg=1920, batch=192, lr=5e-6,
-    flow_lr=5e-6, eps=1e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8,
+    flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8,
     c_skip=1.0, l1_weight=0.0, weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0,
     flow_updates=1, gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
@@ -98,7 +98,7 @@ def arguments():
         "model and prompts": MODEL_FLAGS,
         "run": OUT_FLAG | flags.RUN_FLAGS | flags.PICTURE_FLAG | RECIPE_FLAGS,
         "distillation (on a GPU the default micro-batch is 4)": METHOD_FLAGS | flags.DISTILLATION_FLAGS,
-        "GAN (B.2)": GAN_FLAGS,
+        "GAN (appendix B.2)": GAN_FLAGS,
         "scores, and drawing samples from a finished run": SCORE_FLAGS,
     }
     for title, settings in groups.items():
@@ -187,7 +187,7 @@ def print_memory(args, config, bf16, text_tokens, shape):
                             args.guidance, processes, args.ema is not None)
     total = sum(parts.values())
     listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
-    print(f"memory a process, estimated: {total / 1e9:.2f} GB ({listed})")
+    print(f"memory per process, estimated: {total / 1e9:.2f} GB ({listed})")
     if torch.cuda.is_available() and total > (available := torch.cuda.mem_get_info()[1]):
         print(f"that is more than the {available / 1e9:.0f} GB of the device: "
               "try --lora 64, --micro-batch 1, --checkpointing, a smaller size, or more processes")
@@ -264,7 +264,9 @@ def main():
     bf16 = fgm.wants_bf16(args.precision, device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     if args.sample or args.geneval:
-        return draw_from_run(args, device, dtype)
+        if fgm.process_rank() == 0:
+            draw_from_run(args, device, dtype)
+        return
     settle(args, device)
 
     # The source pipeline, prompts and real images.
@@ -308,7 +310,7 @@ def main():
         "gan": [args.gan_generator, args.gan_discriminator], "teacher_weights": run.fingerprint_of(teacher)}
     generator, distill_seconds = fgm.distill(
         fgm.Guided(teacher, args.guidance, embeddings.null), generator, flow, shape,
-        conditions=lambda seeds: embeddings(seeds % len(prompts)), eps=args.eps, extra=gan, run=folder_run,
+        conditions=lambda seeds: embeddings(seeds % len(prompts)), eps=1e-6, extra=gan, run=folder_run,
         **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
 
     # The files, and the scores.

@@ -18,7 +18,7 @@ from parts.run import noise_from, shard
 # ------------------------------------------------------------------------------------------------------------
 
 FOR_NOISE, FOR_T = 1, 2  # what the GAN draws from a seed that also chooses the prompt
-FEATURE_BLOCK = 2  # whose hidden states the discriminator sees (appendix B.2: "layer 2")
+FEATURE_BLOCK = 2  # from 0; appendix B.2 lets the discriminator see "layer 2"
 
 
 class SD3Velocity(nn.Module):

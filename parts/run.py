@@ -60,7 +60,8 @@ def command(main):
     except Diverged as error:
         status, message = 1, error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if not known:
             raise
         status, message = 2, f"out of memory, lower --micro-batch, --samples or the network's size ({error})"
     except KeyboardInterrupt:

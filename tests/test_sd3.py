@@ -346,7 +346,7 @@ def test_command_writes_what_it_promises(finished, model):
     out, printed = finished
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["teacher"].keys() == {"1", "28"} and f"{metrics['one_step']:.4f}" in printed
-    assert "memory a process, estimated" in printed
+    assert "memory per process, estimated" in printed
     images = draw(open_pipeline(out / "pipeline", CPU, torch.float32), PROMPTS[:6], 1, 0, (32, 32))
     assert judge(images, PROMPTS[:6])[1] == pytest.approx(metrics["one_step"], rel=1e-3)
     pictures = ("one-step.png", "teacher-28-steps.png", "distill-0000006.png")
