@@ -41,7 +41,7 @@ PAPER = dict(
     teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999, kimg=20_000, batch=512, lr=2e-5, flow_lr=2e-5,
     lr_warmup=100, lr_decay=0.0, clip=None, ema=0.999, t_star=0.714, c_in=0.714, c_skip=0.714,
     l1_weight=0.0, weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1,
-    samples=50_000, save_every=500, log_every=50, picture_every=500,
+    data="cifar10", samples=50_000, save_every=500, log_every=50, picture_every=500,
 )
 # Measured on scikit-learn's digits, on a laptop's budget.
 DIGITS = PAPER | dict(
@@ -57,8 +57,10 @@ DATA_FLAGS = {
     "cond": Setting(bool, None, "class-conditional networks (table 2 of the paper)"),
     "flip": Setting(argparse.BooleanOptionalAction, None, "horizontal flips when the teacher trains"),
 }
-OUT_FLAG = {"out": Setting(str, None, "output folder (default: runs/DATA, with -cond if conditional)")}
-PAPER_FLAG = {"paper": Setting(bool, None, "the paper's settings on any data")}
+OUT_FLAGS = {
+    "out": Setting(str, None, "output folder (default: runs/DATA, with -cond if conditional)"),
+    "paper": Setting(bool, None, "the paper's settings on any data"),
+}
 TEACHER_FLAGS = {
     "teacher": Setting(str, None, "a network file of ours, or a published EDM pickle, to distil"),
     "model_channels": Setting(int, "[4, 1e9]", "width of the first level"),
@@ -97,11 +99,10 @@ def arguments():
     parser = flags.Parser(
         prog="cifar.py",
         description="Train, distil, sample and score a one-step image generator (FGM, arXiv 2410.19310).",
-        epilog="The defaults shown are the paper's; add --data digits to see those of the digits.",
-    )
+        epilog="The defaults shown are the paper's; add --data digits to see those of the digits.")
     groups = {
         "data": DATA_FLAGS,
-        "run": OUT_FLAG | flags.RUN_FLAGS | flags.PICTURE_FLAG | PAPER_FLAG,
+        "run": OUT_FLAGS | flags.RUN_FLAGS | flags.PICTURE_FLAG,
         "teacher and network (EDM, arXiv 2206.00364; section 5.1)": TEACHER_FLAGS,
         "distillation (Algorithm 1; section 5.1, appendix B.1)": KIMG_FLAG | flags.DISTILLATION_FLAGS,
         "scores": SCORE_FLAGS,
@@ -109,7 +110,6 @@ def arguments():
     }
     for title, settings in groups.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
-    parser.set_defaults(data="cifar10")
     needs = {name: ["sample"] for name in SAMPLE_FLAGS if name != "sample"} | {"inception_weights": ["fid"]}
     meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device"]
     return parser.parse_with(defaults, needs, {"sample": meaningful})
@@ -134,9 +134,8 @@ def draw_from_files(args, device):
         out = default_out(args)
     sampler, network = sampler_from_file(args, out, device)
     began = time.perf_counter()
-    pixels, labels = images.draw_images(
-        sampler, args.sample, image_shape(network), network["label_dim"], device, args.seed, args.classes
-    )
+    pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), network["label_dim"],
+                                        device, args.seed, args.classes)
     seconds = time.perf_counter() - began
     if fgm.process_rank() > 0:
         return
@@ -190,18 +189,20 @@ def initial_network(args, real, label_dim):
     network = dict(
         img_resolution=resolution, in_channels=channels, out_channels=channels, label_dim=label_dim,
         model_channels=args.model_channels, channel_mult=args.channel_mult, num_blocks=args.num_blocks,
-        attn_resolutions=args.attention, dropout=args.dropout,
-    )
+        attn_resolutions=args.attention, dropout=args.dropout)
     torch.manual_seed(args.seed)
     return build(network), network
 
 
 def prepare_scores(args, real, device):
-    """The Judge of labels, if there are any. A score that cannot be measured fails here, not at the end."""
-    judge = images.train_judge(real) if args.cond else None
+    """(Judge of the labels or None, distance between two halves of the data), on the first process.
+
+    A score that cannot be measured fails here, not at the end."""
+    if fgm.process_rank() > 0:
+        return None, None
     if args.fid:
-        images.fid(real.pixels[:32], real.pixels[32:64], args.inception_weights, device)
-    return judge
+        images.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device)
+    return images.train_judge(real) if args.cond else None, images.noise_floor(real.pixels)
 
 
 def main():
@@ -216,7 +217,7 @@ def main():
     label_dim = len(real.classes) if args.cond else 0
     net, network = initial_network(args, real, label_dim)
     out = run.open_folder(args.out or default_out(args))
-    judge = prepare_scores(args, real, device) if fgm.process_rank() == 0 else None
+    judge, floor = prepare_scores(args, real, device)
     net = net.to(device)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
@@ -233,8 +234,7 @@ def main():
     if not args.teacher:
         teacher, teacher_seconds = fgm.train_flow(
             teacher.train(), data, steps=math.ceil(args.teacher_kimg * 1000 / args.batch), lr=args.teacher_lr,
-            ema_decay=args.teacher_ema, run=folder_run, **flags.training_settings(args),
-        )
+            ema_decay=args.teacher_ema, run=folder_run, **flags.training_settings(args))
     run.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(description)})
 
     # Distillation, Algorithm 1: all three networks start as the teacher.
@@ -253,8 +253,7 @@ def main():
     generator, distill_seconds = fgm.distill(
         teacher, fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out), flow, shape,
         conditions=conditions, run=folder_run,
-        **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)),
-    )
+        **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
     description |= {"generator": generator.coefficients()}
     run.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(description)})
 
@@ -266,7 +265,6 @@ def main():
     samplers["one step"] = generator
     rows = score(args, real, judge, samplers, label_dim, device, out)
     if fgm.process_rank() == 0:
-        floor = images.noise_floor(real.pixels)
         seconds = {"teacher": teacher_seconds, "distillation": distill_seconds}
         seconds["scores"] = time.perf_counter() - began
         write_results(args, description, real, judge, floor, rows, seconds, out)
@@ -315,16 +313,14 @@ def write_results(args, description, real, judge, floor, rows, seconds, out):
     run.write_json(out / "config.json", description | versions | {"settings": settings})
     key = "fid" if args.fid else "pixel_frechet"
     run.write_json(out / "metrics.json", {
-        "metric": metric_name(args),
+        "metric": metric_name(args), "samples": args.samples,
         "against": f"{len(real.pixels)} training images of {args.data}",
-        "samples": args.samples,
         "detector": "torch-fidelity Inception-v3" if args.fid else "raw pixels",
         "teacher": {str(name): row[key] for name, row in rows.items() if name != "one step"},
         "one_step": rows["one step"][key],
         "noise_floor_two_halves": floor,
         "judge_own_accuracy": judge.own_accuracy if judge else None,
-        "rows": {str(name): row for name, row in rows.items()},
-        "seconds": seconds,
+        "rows": {str(name): row for name, row in rows.items()}, "seconds": seconds,
     })
 
 
@@ -336,7 +332,7 @@ def print_results(args, real, judge, floor, rows, seconds, out):
     titles = f"{'accuracy':>10}{'worst class':>13}" if args.cond else ""
     print(f"  {'':18}{metric_name(args):>24}{titles}{'seconds':>9}")
 
-    accuracy = f"{judge.own_accuracy:10.2%}" if args.cond else ""
+    accuracy = f"{judge.own_accuracy:10.2%}" if judge and judge.own_accuracy is not None else ""
     note = "   (pixel Frechet distance)" if args.fid else ""
     print(f"  {'data, two halves':18}{floor:24.4f}{accuracy}{note}")
 

@@ -24,7 +24,7 @@ from parts.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
 from parts.images import save_grid, to_uint8
 from parts.mmdit import SD3Velocity
 from parts.pipeline import draw, open_pipeline, quiet
-from parts.run import command, open_folder, write_json
+from parts.run import atomically, command, open_folder, write_json
 
 TRANSFORMER = dict(
     sample_size=4, patch_size=1, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2,
@@ -163,7 +163,8 @@ def save_images(folder):
         pixels = image.permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
         Image.fromarray(pixels).save(folder / f"{i:04d}.png")
         lines.append(json.dumps({"file_name": f"{i:04d}.png", "text": captions(style, label)[i % 8]}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    with atomically(folder / "metadata.jsonl") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -206,7 +207,8 @@ def main():
     pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, **text_parts())
     flow_seconds = train_transformer(pipe, args.kimg, args.batch, args.lr, args.seed)
     pipe.save_pretrained(out)
-    (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    with atomically(out / "prompts.txt") as temporary:
+        temporary.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
     save_images(out / "images")
 
     # Draw from the saved pipeline, and judge.

@@ -4,7 +4,7 @@ Images are uint8 tensors [N, C, R, R] wherever they are kept, float32 in -1..1 w
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
-from parts.run import noise_from
+from parts.run import atomically, noise_from
 
 # ------------------------------------------------------------------------------------------------------------
 # Pixels and image files
@@ -32,14 +32,38 @@ def to_uint8(x):
 
 
 def read_image(path):
-    """A PIL image in RGB, whatever the mode of the file. Raises InputError, naming it, if unreadable."""
-    from PIL import Image
+    """A PIL image in RGB, whatever the mode of the file, turned as its EXIF data say.
 
+    Raises InputError, naming it, if it cannot be read, is no regular file (a pipe would be waited for) or
+    holds several pictures."""
+    from PIL import Image, ImageOps
+
+    if not Path(path).is_file():
+        raise InputError(f"cannot read the image {path} (it is no regular file); fix or remove it")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            # A photograph in MPO format holds itself and previews.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            image = ImageOps.exif_transpose(image)
+            image = eight_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
+    except Exception as error:  # the decoders raise what they like
         raise InputError(f"cannot read the image {path} ({error}); fix or remove it") from error
+    if frames > 1:
+        raise InputError(f"the image {path} is animated or has pages: it holds {frames} pictures, not one")
+    return image
+
+
+def eight_bits(image):
+    """A PIL image of 16-bit values 0..65535 (modes I;16 and I) or floats 0..1 (mode F), in RGB.
+
+    Raises ValueError for other values."""
+    from PIL import Image
+
+    values, top = np.asarray(image), 1 if image.mode == "F" else 65535
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):  # nor if one is NaN
+        raise ValueError(f"its values {low:g}..{high:g} are not in 0..{top}")
+    return Image.fromarray(np.rint(values / (top / 255)).astype(np.uint8)).convert("RGB")
 
 
 def save_grid(path, images, columns=10, least=32):
@@ -56,7 +80,8 @@ def save_grid(path, images, columns=10, least=32):
     canvas = canvas.view(rows, columns, c, h, w)  # [N, C, H, W] -> [rows, columns, C, H, W]
     canvas = canvas.permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)  # -> [rows H, columns W, C]
     canvas = canvas.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
-    Image.fromarray(canvas.expand(-1, -1, 3).numpy()).save(path)
+    with atomically(path) as temporary:
+        Image.fromarray(canvas.expand(-1, -1, 3).numpy()).save(temporary)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -127,14 +152,23 @@ def cifar10():
     return Images(channels_first(dataset.data), torch.tensor(dataset.targets), dataset.classes)
 
 
+def image_files(folder, suffixes=IMAGE_SUFFIXES):
+    """The image files at any depth in a folder, sorted; none that is hidden or in a hidden folder."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in suffixes]
+    return sorted(folder / path for path in paths if not any(part.startswith(".") for part in path.parts))
+
+
 def image_folder(root, resolution):
-    """load_images for a folder: every sub-folder of root is a class, its images lie at any depth inside."""
+    """load_images for a folder: every sub-folder of root is a class, its images lie at any depth inside.
+
+    What is hidden, such as .ipynb_checkpoints, is left out."""
     if not root.is_dir():
         raise InputError(f"unknown data set {str(root)!r}: neither cifar10, digits nor a folder")
-    classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    classes = sorted(folder.name for folder in folders)
     pixels, labels = [], []
     for label, name in enumerate(classes):
-        for path in sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+        for path in image_files(root / name):
             image = read_image(path)
             if resolution:
                 image = fit(image, resolution)
@@ -224,7 +258,13 @@ def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batc
 
 
 def frechet_distance(a, b):
-    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) between Gaussians fitted to features a [N, D] and b [M, D]."""
+    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) between Gaussians fitted to features a [N, D] and b [M, D].
+
+    Raises InputError for fewer than two samples and for features that are not finite."""
+    if min(len(a), len(b)) < 2:
+        raise InputError(f"a Fréchet distance needs two images on either side, got {len(a)} and {len(b)}")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise InputError("no Fréchet distance: the features of some images are not finite")
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, axes = torch.linalg.eigh(cov_a)
@@ -249,13 +289,17 @@ def random_order(n):
 
 
 def train_judge(images, limit=5000):
-    """A cross-validated Judge of `limit` images, chosen at random, and their labels."""
-    chosen = random_order(len(images.pixels))[:limit]
+    """A cross-validated Judge of `limit` images, chosen at random, and their labels.
+
+    A class that is not among them is there with one image more."""
+    order = random_order(len(images.pixels))
+    _, first = np.unique(images.labels[order], return_index=True)
+    chosen = order[np.union1d(np.arange(min(limit, len(order))), first)]
     return Judge(raw_pixels(images.pixels[chosen]), images.labels[chosen], folds=5)
 
 
 def noise_floor(pixels):
-    """Pixel Fréchet distance between two random halves of real images: uint8 [N, C, R, R]."""
+    """Pixel Fréchet distance between two random halves of real images: uint8 [N, C, R, R], N >= 4."""
     order = random_order(len(pixels))
     half = len(order) // 2
     return pixel_frechet(pixels[order[:half]], pixels[order[half:]])
@@ -264,14 +308,22 @@ def noise_floor(pixels):
 class Judge:
     """Do samples look like their label? A support vector classifier of features [N, D], trained on real ones.
 
-    own_accuracy: its cross-validated accuracy on real ones if folds are given (as many fits), else None."""
+    own_accuracy: its cross-validated accuracy on real ones if folds are given (as many fits, no more than the
+    smallest class has samples), else None; None too if a class has one sample. Raises InputError for one
+    class."""
 
     def __init__(self, features, labels, folds=None):
         from sklearn.model_selection import cross_val_score
         from sklearn.svm import SVC
 
         x, y = features.numpy(), labels.numpy()
-        self.own_accuracy = float(cross_val_score(SVC(C=10), x, y, cv=folds).mean()) if folds else None
+        _, sizes = np.unique(y, return_counts=True)
+        if len(sizes) < 2:
+            raise InputError(f"a judge of labels needs images of at least two classes, got {len(sizes)}")
+        folds = min(folds or 1, sizes.min())
+        self.own_accuracy = None
+        if folds > 1:
+            self.own_accuracy = float(cross_val_score(SVC(C=10), x, y, cv=folds).mean())
         self.classifier = SVC(C=10).fit(x, y)
 
     def agrees(self, features, labels):
@@ -297,21 +349,53 @@ class RGB(torch.utils.data.Dataset):
         return self.pixels[i]
 
 
-def fid(real, fake, weights, device):
-    """Fréchet Inception distance of uint8 images, by torch-fidelity.
+@cache
+def inception(weights, device):
+    """torch-fidelity's Inception network. weights: their file, None to download them.
 
-    weights: a file of its Inception network, None to download it. Raises InputError if that cannot be had."""
-    from torch_fidelity import calculate_metrics
+    Raises InputError if they cannot be had."""
+    from torch_fidelity.utils import create_feature_extractor
 
     try:
         if weights:
             torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run its content
-        scores = calculate_metrics(input1=RGB(fake), input2=RGB(real), fid=True, cuda=device.type == "cuda",
-                                   verbose=False, feature_extractor_weights_path=weights)
+        return create_feature_extractor("inception-v3-compat", ["2048"], cuda=device.type == "cuda",
+                                        verbose=False, feature_extractor_weights_path=weights)
     except Exception as error:  # a foreign file can fail in any way at all
         if weights:
             reason = f"the Inception weights {weights} cannot be used"
         else:
             reason = "the Inception weights cannot be downloaded; give --inception-weights FILE"
-        raise InputError(f"no FID: {reason} ({str(error).splitlines()[0]})") from error
-    return scores["frechet_inception_distance"]
+        raise InputError(f"no FID: {reason} ({' '.join(str(error).split())[:200]})") from error
+
+
+def inception_statistics(pixels, weights, device):
+    """{"mu": mean [2048], "sigma": covariance} of the Inception features of uint8 images [N, C, R, R].
+
+    Raises InputError for fewer than two images, and for features that are not finite."""
+    from torch_fidelity.metric_fid import fid_input_id_to_statistics
+
+    if len(pixels) < 2:
+        raise InputError(f"no FID: it needs at least two images on either side, got {len(pixels)}")
+    network, on_gpu = inception(weights, device), device.type == "cuda"
+    statistics = fid_input_id_to_statistics(1, network, "2048", input1=RGB(pixels), cuda=on_gpu,
+                                            verbose=False)
+    if not np.isfinite(statistics["sigma"]).all():
+        raise InputError("no FID: some Inception features are not finite; are the Inception weights whole?")
+    return statistics
+
+
+# One tensor of real images is scored against again and again. In memory, because torch-fidelity's own cache
+# is a file of all features under a name, which may outlive the images that it was made from.
+real_statistics = lru_cache(maxsize=1)(inception_statistics)
+
+
+def fid(real, fake, weights, device):
+    """Fréchet Inception distance of uint8 images, by torch-fidelity.
+
+    weights: a file of its Inception network, None to download it. Raises InputError if that cannot be had.
+    The features of real are computed once, as long as it is the same tensor."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    statistics = inception_statistics(fake, weights, device), real_statistics(real, weights, device)
+    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]

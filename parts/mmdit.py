@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fgm
+from parts.prompts import load_component
 from parts.run import noise_from, shard
 
 # ------------------------------------------------------------------------------------------------------------
@@ -158,10 +159,9 @@ def networks(folder, lora_rank, checkpointing, bf16, device, keep_features=False
 
     lora_rank None or 0: three transformers; otherwise one, with two LoRA adapters. keep_features: of the
     online flow. What never trains is held in bfloat16 where the passes are (bf16); what trains in float32."""
-    from diffusers import SD3Transformer2DModel
 
     def load(dtype, keep_features):
-        transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
+        transformer = load_component(folder, "transformer", dtype)
         return SD3Velocity(transformer.to(device), keep_features)
 
     frozen_dtype = torch.bfloat16 if bf16 else torch.float32

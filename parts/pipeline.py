@@ -12,16 +12,35 @@ import torch.distributed as dist
 
 import fgm
 from fgm import InputError
-from parts.images import read_image, to_float, to_uint8
-from parts.prompts import read_json_lines
-from parts.run import noise_from, open_folder, read_json, save_tensors
+from parts.images import image_files, read_image, to_float, to_uint8
+from parts.prompts import (
+    contents,
+    first_process,
+    load_component,
+    load_pipeline,
+    read_json_lines,
+    read_lines,
+    text_of,
+)
+from parts.run import atomically, noise_from, open_folder, read_json, save_tensors
 
 # ------------------------------------------------------------------------------------------------------------
 # The source pipeline
 # ------------------------------------------------------------------------------------------------------------
 
-COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3",
-              "tokenizer", "tokenizer_2", "tokenizer_3")
+# What a component's folder must hold: its configuration, and the name of its weights.
+NETWORK, ENCODER = ("config.json", "diffusion_pytorch_model"), ("config.json", "model")
+COMPONENTS = {
+    "transformer": NETWORK, "vae": NETWORK, "scheduler": ("scheduler_config.json", None),
+    "text_encoder": ENCODER, "text_encoder_2": ENCODER, "text_encoder_3": ENCODER,
+    "tokenizer": ("tokenizer_config.json", None), "tokenizer_2": ("tokenizer_config.json", None),
+    "tokenizer_3": ("tokenizer_config.json", None)}
+OPTIONAL = ("text_encoder_3", "tokenizer_3")  # T5
+# What our code reads from a configuration.
+KEYS = {
+    "transformer": {"in_channels": int, "num_layers": int, "num_attention_heads": int,
+                    "attention_head_dim": int, "patch_size": int, "pos_embed_max_size": int},
+    "vae": {"block_out_channels": list, "shift_factor": float, "scaling_factor": float}}
 
 
 def quiet():
@@ -61,34 +80,116 @@ def model_folder(model):
 
     Raises InputError if it cannot be had or is not an SD3 flow-matching pipeline."""
     folder = Path(model) if Path(model).is_dir() else download(model)
+    check_pipeline(folder, model)
+    return folder
+
+
+def read_object(path):
+    """The object in a JSON file. Raises InputError if it cannot be read or holds something else."""
     try:
-        components = json.loads((folder / "model_index.json").read_text())
+        content = read_json(path)
+    except RecursionError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it must hold a JSON object")
+    return content
+
+
+def check_pipeline(folder, model):
+    """Raise InputError unless the folder holds a whole SD3 flow-matching pipeline; model: what to call it.
+
+    That is: an index, and for each component a folder (no link out of this one) with its configuration, all
+    JSON files objects, and weights in safetensors files whose headers are sound and fit their lengths."""
+    try:
+        components = read_object(folder / "model_index.json")
         kind = components["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (InputError, KeyError) as error:
         raise InputError(f"{model} is not a diffusers pipeline: "
                          "it has no readable model_index.json") from error
     if kind != "StableDiffusion3Pipeline":
         raise InputError(f"{model} is a {kind}; sd3.py distils StableDiffusion3Pipeline")
     for name in COMPONENTS:
-        if not (folder / name).is_dir() and components.get(name, [None])[0]:
+        entry = components.get(name, [None, None])
+        if entry == [None, None] and name in OPTIONAL:
+            continue
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):
+            raise InputError(f"model_index.json of {model} is damaged: its {name} is {json.dumps(entry)}, "
+                             "not a class of diffusers or transformers")
+        if not (folder / name).is_dir():
             raise InputError(f"{model} lacks its component {name}")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name")
+        check_component(folder, name)
+    scheduler = read_object(folder / "scheduler" / "scheduler_config.json").get("_class_name")
     if scheduler != "FlowMatchEulerDiscreteScheduler":
         raise InputError(f"{model} samples with {scheduler}: "
                          "it is no flow-matching model (v = noise - data), which FGM needs")
-    return folder
+
+
+def check_component(folder, name):
+    """check_pipeline for one component."""
+    part, (config, weights) = folder / name, COMPONENTS[name]
+    if not is_inside(part, folder):
+        raise InputError(f"{part} is a link out of the pipeline's folder, which is not followed; "
+                         "copy it there")
+    objects = {path.name: read_object(path) for path in part.glob("*.json")}
+    if config not in objects:
+        raise InputError(f"{part} lacks its {config}")
+    for key, kind in KEYS.get(name, {}).items():
+        value = objects[config].get(key)
+        sound = type(value) in (float, int) if kind is float else type(value) is kind and value
+        if not sound:
+            raise InputError(f"{part / config} is damaged: its {key} is {json.dumps(value)}")
+    if name == "transformer":
+        describe_transformer(part)
+    if weights:
+        check_weights(part, weights, objects.get(f"{weights}.safetensors.index.json"))
+
+
+def describe_transformer(part):
+    """The transformer that the configuration in a folder describes, on the meta device: without weights.
+
+    Raises InputError if there is none such."""
+    from diffusers import SD3Transformer2DModel
+
+    try:
+        with torch.device("meta"):
+            return SD3Transformer2DModel.from_config(read_object(part / "config.json"))
+    except Exception as error:  # whatever the values of a damaged configuration lead to
+        raise InputError(f"{part / 'config.json'} describes no transformer ({error})") from error
+
+
+def check_weights(part, weights, index):
+    """check_pipeline for the weights of one component. index: of their shards, if there are several."""
+    from safetensors import SafetensorError, safe_open
+
+    single, files = f"{weights}.safetensors", set()
+    if index is not None:
+        shards = index.get("weight_map")
+        names = list(shards.values()) if isinstance(shards, dict) else []
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise InputError(f"{part / single}.index.json is damaged: its weight_map names no files")
+        files |= set(names)
+    if index is None or (part / single).exists():
+        files.add(single)
+    for path in (part / file for file in sorted(files)):
+        if not path.is_file():
+            pickles = ", ".join(sorted(file.name for file in part.glob("*.bin")))
+            why = f" ({pickles} is not read: loading a pickle can run anything)" if pickles else ""
+            raise InputError(f"{part} lacks its weights {path.name}{why}")
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the weights {path} are damaged ({error})") from error
+
+
+def is_inside(path, folder):
+    """Whether a path, its links followed, leads into the folder."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Export: a pipeline for unmodified diffusers, a LoRA file
 # ------------------------------------------------------------------------------------------------------------
-
-
-def link_or_copy(source, target):
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def merge_lora(weights, generator):
@@ -121,8 +222,10 @@ def export(folder, generator, lora_rank, dtype, out):
 
     c_in is folded into the weight of the patch embedding, whose input is c_in z; the scheduler's only sigma
     is t_star = c_out: z + (0 - t_star) net(c_in z, t_star) is eq. (B.1) with c_skip 1. folder: of the source
-    pipeline; dtype: of the weights in the file. A collective call."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    pipeline, of which the other components are copied; dtype: of the weights in the file. A collective call.
+    Raises InputError, the pipeline before untouched, if there is no space."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from safetensors import SafetensorError
 
     velocity = generator.net.shared[0] if lora_rank else generator.net
     weights = {name: fgm.gathered(value.detach()).cpu() for name, value in velocity.net.state_dict().items()}
@@ -133,20 +236,35 @@ def export(folder, generator, lora_rank, dtype, out):
         save_tensors(lora, out / "lora.safetensors", {"t_star": str(generator.t_star)})
     weights["pos_embed.proj.weight"] = generator.c_in * weights["pos_embed.proj.weight"].float()
 
-    temporary, target = out / "pipeline.tmp", out / "pipeline"
-    shutil.rmtree(temporary, ignore_errors=True)
-    ours = shutil.ignore_patterns("transformer", "scheduler", "images", "prompts.txt", "tiny_sd3.json",
-                                  "*.png", ".*", "*.fp16.*")
-    shutil.copytree(folder, temporary, copy_function=link_or_copy, ignore=ours)
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(read_json(folder / "transformer" / "config.json"))
+    transformer = describe_transformer(folder / "transformer")
     transformer.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
-    transformer.save_pretrained(temporary / "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_exponential_sigmas=True)
     scheduler.register_to_config(sigma_max=generator.t_star, sigma_min=generator.t_star)
-    scheduler.save_pretrained(temporary / "scheduler")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    temporary, target = out / "pipeline.tmp", out / "pipeline"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        copy_source(folder, temporary)
+        transformer.save_pretrained(temporary / "transformer")
+        scheduler.save_pretrained(temporary / "scheduler")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"cannot write {target} ({error}); the generator is safe: "
+                         "free some space and run again") from error
+
+
+def copy_source(folder, target):
+    """Copy what an exported pipeline has from its source: all but transformer, scheduler and what is no part.
+
+    Copies, not links: neither folder may change with the other, nor the hub's cache with either."""
+    target.mkdir()
+    unused = shutil.ignore_patterns(".*", "*.fp16.*", "*.bin", "*.msgpack", "*.h5")
+    for path in folder.iterdir():
+        if path.name in COMPONENTS and path.is_dir() and path.name not in ("transformer", "scheduler"):
+            shutil.copytree(path, target / path.name, ignore=unused)
+        elif path.name.startswith(("model_index.json", "LICENSE", "README")) and path.is_file():
+            shutil.copy2(path, target / path.name)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -156,12 +274,10 @@ def export(folder, generator, lora_rank, dtype, out):
 
 def open_pipeline(folder, device, dtype):
     """The pipeline in a folder, on the device. Raises InputError if it cannot be loaded."""
-    from diffusers import StableDiffusion3Pipeline
-
-    try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype).to(device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"cannot load the pipeline {folder} ({str(error).splitlines()[0]})") from error
+    check_pipeline(Path(folder), folder)
+    networks = [name for name, (_, weights) in COMPONENTS.items() if weights]
+    pipe = load_pipeline(folder, networks, device, dtype)
+    pipe.vae.enable_slicing()  # images are decoded one by one: at 1024 pixels, several fill the memory
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -187,13 +303,13 @@ def draw(pipe, prompts, steps, guidance, size, seed=0, batch=50):
 
 def decode(folder, latents):
     """uint8 images [N, 3, H, W] of latents [N, 16, h, w] by the pipeline's VAE, which is loaded for it."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(latents.device).eval()
+    vae = load_component(folder, "vae", torch.float32).to(latents.device)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    with torch.no_grad():
-        images = torch.cat([vae.decode(part / scale + shift).sample for part in latents.float().split(4)])
-    return to_uint8(images).cpu()
+    images = []
+    for part in latents.float().split(1):  # one by one, as open_pipeline has it
+        with torch.no_grad():
+            images.append(to_uint8(vae.decode(part / scale + shift).sample).cpu())
+    return torch.cat(images)  # N x [1, 3, H, W] -> [N, 3, H, W]
 
 
 def geneval(pipe, metadata, target, steps, guidance, size, seed):
@@ -202,16 +318,18 @@ def geneval(pipe, metadata, target, steps, guidance, size, seed):
     from PIL import Image
 
     wanted = 'a JSON object with a "prompt"'
-    lines = read_json_lines(metadata, lambda record: (record, record["prompt"]), wanted)
+    lines = read_json_lines(metadata, lambda record: (record, text_of(record["prompt"])), wanted)
     if not lines:
         raise InputError(f"{metadata} holds no prompts")
     for i, (line, prompt) in enumerate(lines):
         folder = open_folder(target / f"{i:05d}")
         open_folder(folder / "samples")
-        (folder / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+        with atomically(folder / "metadata.jsonl") as temporary:
+            temporary.write_text(json.dumps(line) + "\n")
         for k, image in enumerate(draw(pipe, [prompt] * 4, steps, guidance, size, seed + 4 * i)):
             pixels = image.permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
-            Image.fromarray(pixels).save(folder / "samples" / f"{k:04d}.png")
+            with atomically(folder / "samples" / f"{k:04d}.png") as temporary:
+                Image.fromarray(pixels).save(temporary)
     print(f"{len(lines)} prompts, 4 images each, in {target}")
 
 
@@ -224,16 +342,16 @@ def load_real(folder, size):
     """(uint8 images [N, 3, H, W], captions) of a folder, size = (H, W).
 
     Captions come from metadata.jsonl {"file_name", "text"} or NAME.txt, else they are empty. Raises
-    InputError, naming the file, for unreadable images and those of another size than the run's."""
+    InputError, naming the file, for unreadable images, those of another size than the run's, and captions
+    that are links out of the folder."""
     folder = Path(folder)
-    suffixes = (".png", ".jpg", ".jpeg", ".webp")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+    paths = image_files(folder, (".png", ".jpg", ".jpeg", ".webp"))
     if not paths:
         raise InputError(f"--real {folder} holds no images (png, jpg, webp)")
     texts = {}
-    if (folder / "metadata.jsonl").exists():
+    if is_caption_file(folder / "metadata.jsonl", folder):
         texts = dict(read_json_lines(
-            folder / "metadata.jsonl", lambda record: (record["file_name"], record["text"]),
+            folder / "metadata.jsonl", lambda record: (text_of(record["file_name"]), text_of(record["text"])),
             '{"file_name": ..., "text": ...}'))
     images, captions = [], []
     for path in paths:
@@ -243,35 +361,53 @@ def load_real(folder, size):
                              "resize the images, or change --height and --width")
         images.append(np.asarray(image))
         beside = path.with_suffix(".txt")
-        own = beside.read_text().strip() if beside.exists() else ""
+        own = "\n".join(read_lines(beside)) if is_caption_file(beside, folder) else ""
         captions.append(texts.get(str(path.relative_to(folder))) or own)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # [N, H, W, 3] -> [N, 3, H, W]
     return pixels.contiguous(), captions
 
 
-def encode_images(folder, images, path, device, batch=8):
+def is_caption_file(path, folder):
+    """Whether there is such a file. Raises InputError for a link out of the folder and what is no file."""
+    if not (path.exists() or path.is_symlink()):
+        return False
+    if not (path.is_file() and is_inside(path, folder)):
+        raise InputError(f"the captions {path} are a link out of {folder}, which is not followed, "
+                         "or no regular file; copy them there")
+    return True
+
+
+def encode_images(folder, images, path, device):
     """Latents [N, 16, h, w] of uint8 images by the pipeline's VAE, scaled as SD3 scales them.
 
-    They are cached in the file path, keyed by the images. A collective call."""
-    from diffusers import AutoencoderKL
+    They are cached in the file path, keyed by the content of the images and the VAE; a file of another key,
+    or a damaged one, is made again. A collective call. Raises InputError if it cannot be written."""
     from safetensors import safe_open
 
-    config = (Path(folder) / "vae" / "config.json").read_bytes()
-    key = hashlib.sha256(images.numpy().tobytes() + config).hexdigest()
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            if file.metadata().get("images") == key:
-                return file.get_tensor("latents")
-    if fgm.process_rank() == 0:
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(device).eval()
-        shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-        latents = []
-        for i in range(0, len(images), batch):
-            with torch.no_grad():
-                mean = vae.encode(to_float(images[i : i + batch].to(device))).latent_dist.mean
-            latents.append(((mean - shift) * scale).cpu())
-        save_tensors({"latents": torch.cat(latents)}, path, {"images": key})
-    if fgm.world_size() > 1:
-        dist.barrier()
+    first_process(lambda: cache_latents(folder, images, path, device))
     with safe_open(path, "pt") as file:
         return file.get_tensor("latents")
+
+
+def cache_latents(folder, images, path, device):
+    """encode_images without reading the result: the work of the first process."""
+    from safetensors import SafetensorError, safe_open
+
+    key = hashlib.sha256(images.numpy().tobytes())
+    key.update(json.dumps([images.shape, contents(folder, "vae/*")]).encode())
+    key = key.hexdigest()
+    try:
+        with safe_open(path, "pt") as file:
+            known = (file.metadata() or {}).get("images")
+            if known == key and len(file.get_tensor("latents")) == len(images):
+                return
+    except (OSError, SafetensorError):
+        pass
+    vae = load_component(folder, "vae", torch.float32).to(device)
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+    latents = []
+    for image in images.split(1):
+        with torch.no_grad():
+            mean = vae.encode(to_float(image.to(device))).latent_dist.mean
+        latents.append(((mean - shift) * scale).cpu())
+    save_tensors({"latents": torch.cat(latents)}, path, {"images": key})

@@ -19,15 +19,35 @@ from parts.run import open_folder, read_json, save_tensors, write_json
 # ------------------------------------------------------------------------------------------------------------
 
 
+def read_lines(path):
+    """The lines of a UTF-8 text that are not empty, stripped; a byte-order mark is dropped.
+
+    Raises InputError if it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {path}: it is not UTF-8 ({error.reason} at {error.start})") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def text_of(value):
+    """A value from a JSON file that must be a text. Raises TypeError or ValueError if it is none."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    value.encode()  # half of a surrogate pair cannot be
+    return value
+
+
 def read_json_lines(path, pick, wanted):
     """pick(object) of every line of a JSON-lines file.
 
     Raises InputError if it cannot be read, or for a line that pick cannot use: it must be `wanted`."""
+    lines = read_lines(path)
     try:
-        return [pick(json.loads(line)) for line in Path(path).read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [pick(json.loads(line)) for line in lines]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: every line must be {wanted} ({type(error).__name__}: {error})") from error
 
 
@@ -37,12 +57,9 @@ def read_prompts(path):
     Raises InputError if there are none."""
     if Path(path).suffix in (".jsonl", ".json"):
         wanted = '{"prompt": ...}'
-        prompts = read_json_lines(path, lambda record: record.get("prompt") or record["text"], wanted)
+        prompts = read_json_lines(path, lambda line: text_of(line.get("prompt") or line["text"]), wanted)
     else:
-        try:
-            prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the prompts {path}: {error}") from error
+        prompts = read_lines(path)
     if not prompts:
         raise InputError(f"{path} holds no prompts")
     return prompts
@@ -90,19 +107,51 @@ def grammar(n=8192, seed=0):
 # ------------------------------------------------------------------------------------------------------------
 
 PROMPTS_PER_FILE = 128
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CONDITIONS = ("encoder_hidden_states", "pooled_projections")  # what SD3's transformer calls them
+
+
+def load_component(folder, name, dtype):
+    """A network of a pipeline, from safetensors alone. Raises InputError if it, or a tensor in it, is
+    missing."""
+    import diffusers
+    import transformers
+
+    kinds = {
+        "transformer": diffusers.SD3Transformer2DModel, "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModelWithProjection,
+        "text_encoder_2": transformers.CLIPTextModelWithProjection,
+        "text_encoder_3": transformers.T5EncoderModel}
+    try:
+        network, loading = kinds[name].from_pretrained(
+            Path(folder) / name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # the libraries raise what they like
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"cannot load {Path(folder) / name} ({reason})") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputError(f"{Path(folder) / name} lacks {len(missing)} of its weights, {missing[0]} the first")
+    return network
+
+
+def load_pipeline(folder, networks, device, dtype):
+    """A StableDiffusion3Pipeline with these of its networks. Raises InputError if they cannot be loaded."""
+    from diffusers import StableDiffusion3Pipeline
+
+    parts = {path.name for path in Path(folder).iterdir()}  # T5 and its tokenizer may be absent
+    loaded = {name: None for name in ("transformer", "vae", *ENCODERS)}
+    loaded |= {name: load_component(folder, name, dtype) for name in networks if name in parts}
+    loaded |= {name: None for name in {"tokenizer_3"} - parts}
+    try:
+        return StableDiffusion3Pipeline.from_pretrained(folder, **loaded, use_safetensors=True).to(device)
+    except Exception as error:  # the libraries raise what they like
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"cannot load the pipeline {folder} ({reason})") from error
 
 
 def text_pipeline(folder, device, dtype):
     """The text encoders and tokenizers of a pipeline. Raises InputError if they cannot be loaded."""
-    from diffusers import StableDiffusion3Pipeline
-
-    try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
-        return pipe.to(device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"cannot load the text encoders of {folder} ({reason})") from error
+    return load_pipeline(folder, ENCODERS, device, dtype)
 
 
 def encode(pipe, texts, device, dtype, max_length):
@@ -118,28 +167,62 @@ def encode(pipe, texts, device, dtype, max_length):
     return {name: torch.cat(column).contiguous() for name, column in zip(CONDITIONS, columns, strict=True)}
 
 
+def contents(folder, *patterns):
+    """[[name, SHA-256]] of the files of a pipeline that match and that its components are loaded from.
+
+    They are read whole: SD3's text encoders, 11 GB, in 10 to 30 seconds of a run of hours. Sizes and times of
+    modification would be quicker, but the one does not see an exchange and the other refuses a copy."""
+    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
+    names = []
+    for path in sorted(found):
+        if path.suffix in (".json", ".txt", ".model", ".safetensors"):
+            with open(path, "rb") as file:
+                names.append([str(path.relative_to(folder)), hashlib.file_digest(file, "sha256").hexdigest()])
+    return names
+
+
+def first_process(work):
+    """work() on the first process, the others wait; its InputError is raised on all. A collective call."""
+    error = None
+    if fgm.process_rank() == 0:
+        try:
+            work()
+        except (InputError, OSError) as failure:
+            error = str(failure)
+    if fgm.world_size() > 1:
+        errors = [error]
+        dist.broadcast_object_list(errors)
+        error = errors[0]
+    if error:
+        raise InputError(error)
+
+
+def claim(cache, identity):
+    """Write down whose embeddings the folder cache holds. Raises InputError if they are another's."""
+    about = cache / "about.json"
+    if about.exists() or any(cache.glob("*.safetensors")):
+        before = read_json(about) if about.exists() else {}
+        before = before if isinstance(before, dict) else {}
+        if before != identity:
+            differs = ", ".join(name for name in identity if before.get(name) != identity[name])
+            raise InputError(f"{cache} holds embeddings for another {differs}; "
+                             "remove it, or name another folder with --embeddings")
+    write_json(about, identity)
+
+
 def encode_prompts(folder, prompts, cache, device, dtype, max_length=256):
     """Embed the prompts, and the empty one for guidance, into files of 128 in the folder cache, then free the
     encoders.
 
     Files that exist are kept; the processes share the work. Raises InputError if cache holds embeddings of
-    another model, other prompts or another precision."""
-    weights = sorted(path for path in Path(folder).glob("text_encoder*/*") if path.is_file())
-    identity = {
-        "model": [[str(path.relative_to(folder)), path.stat().st_size] for path in weights],
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+    another model (by the content of its text encoders and tokenizers), other prompts or another precision."""
+    cache = open_folder(cache)
+    first_process(lambda: claim(cache, {
+        "model": contents(folder, "text_encoder*/*", "tokenizer*/*"),
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "number": len(prompts),
         "dtype": str(dtype),
-        "max_length": max_length}
-    cache = open_folder(cache)
-    if (cache / "about.json").exists():
-        before = read_json(cache / "about.json")
-        if before != identity:
-            differs = ", ".join(name for name in identity if before.get(name) != identity[name])
-            raise InputError(f"{cache} holds embeddings for another {differs}; "
-                             "remove it, or name another folder with --embeddings")
-    if fgm.process_rank() == 0:
-        write_json(cache / "about.json", identity)
+        "max_length": max_length}))
 
     starts = range(0, len(prompts), PROMPTS_PER_FILE)
     files = {f"prompts-{i // PROMPTS_PER_FILE:06d}": prompts[i : i + PROMPTS_PER_FILE] for i in starts}
@@ -172,12 +255,19 @@ class Embeddings:
         from safetensors import SafetensorError, safe_open
 
         numbers = range(math.ceil(number / PROMPTS_PER_FILE))
+        rows = [min(PROMPTS_PER_FILE, number - i * PROMPTS_PER_FILE) for i in numbers]
         try:
             self.files = [safe_open(Path(cache) / f"prompts-{i:06d}.safetensors", "pt") for i in numbers]
             self.slices = [{name: file.get_slice(name) for name in CONDITIONS} for file in self.files]
             with safe_open(Path(cache) / "null.safetensors", "pt") as file:
-                self.null = {name: file.get_tensor(name).to(device) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
+                self.null = {name: file.get_tensor(name).to(device) for name in CONDITIONS}
+            shapes = [{name: part.get_shape() for name, part in parts.items()} for parts in self.slices]
+            shapes.append({name: list(value.shape) for name, value in self.null.items()})
+            for found, n in zip(shapes, [*rows, 1], strict=True):
+                expected = {name: [n, *shapes[-1][name][1:]] for name in CONDITIONS}
+                if found != expected:
+                    raise ValueError(f"{found} instead of {expected}")
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"the embeddings in {cache} are damaged ({error}); "
                              "remove the folder, they are made again") from error
         self.device = device

@@ -1,0 +1,507 @@
+"""Inputs from disk, bad and strange: images, folders of images, texts, SD3 pipelines, caches.
+
+Each ends in fgm.InputError, which a command prints as one line, or works."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import fgm
+from parts import images, pipeline, prompts, run
+from tiny_sd3 import TRANSFORMER, text_parts, train_vae
+
+CPU = torch.device("cpu")
+VALUES = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def refused(message):
+    return pytest.raises(fgm.InputError, match=message)
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(path, share=0.5):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+# Images
+
+
+def grey16(path):
+    Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)).save(path)
+
+
+def grey16_big_endian(path):
+    Image.fromarray(np.full((8, 8), 100 * 257, ">u2")).save(path)
+
+
+def integers(path, value=100 * 257):
+    Image.fromarray(np.full((8, 8), value, np.int32)).save(path)
+
+
+def floats(path, value=100 / 255):
+    Image.fromarray(np.full((8, 8), value, np.float32)).save(path)
+
+
+def photograph(path):
+    """A JPEG of two pictures, as telephones write them."""
+    plain = Image.new("RGB", (8, 8), (100, 100, 100))
+    plain.save(path, "MPO", save_all=True, append_images=[plain])
+
+
+@pytest.mark.parametrize("name, make", [
+    ("a.png", grey16), ("a.tif", grey16), ("a.tif", grey16_big_endian), ("a.tif", integers),
+    ("a.tif", floats), ("a.jpg", photograph),
+])
+def test_image_keeps_its_brightness(tmp_path, name, make):
+    make(tmp_path / name)
+    image = images.read_image(tmp_path / name)
+    assert image.mode == "RGB" and (np.asarray(image) == 100).all()
+
+
+def test_image_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees
+    Image.fromarray(VALUES[:, :32]).save(tmp_path / "a.png", exif=exif)
+    found = np.asarray(images.read_image(tmp_path / "a.png"))
+    np.testing.assert_array_equal(found, np.rot90(VALUES[:, :32], 3))
+
+
+def animated(path):
+    frames = [Image.fromarray(VALUES), Image.fromarray(255 - VALUES)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def truncated(path):
+    Image.fromarray(VALUES).save(path)
+    cut(path)
+
+
+@pytest.mark.parametrize("name, make, message", [
+    ("a.png", truncated, "cannot read"),
+    ("a.jpg", truncated, "cannot read"),
+    ("a.gif", truncated, "cannot read"),
+    ("a.tif", truncated, "cannot read"),
+    ("a.bmp", truncated, "cannot read"),
+    ("a.webp", truncated, "cannot read"),
+    ("a.gif", animated, "holds 2 pictures"),
+    ("a.png", animated, "holds 2 pictures"),
+    ("a.webp", animated, "holds 2 pictures"),
+    ("a.tif", animated, "holds 2 pictures"),
+    ("a.tif", lambda path: floats(path, 100.0), r"100..100 are not in 0..1\)"),
+    ("a.tif", lambda path: floats(path, -0.5), r"not in 0..1\)"),
+    ("a.tif", lambda path: floats(path, np.nan), r"not in 0..1\)"),
+    ("a.tif", lambda path: integers(path, 70_000), "not in 0..65535"),
+    ("a.png", os.mkfifo, "no regular file"),
+    ("a.png", lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+    ("a.png", lambda path: path.symlink_to("nowhere"), "no regular file"),
+    ("a.png", lambda path: path.mkdir(), "no regular file"),
+    ("a.png", lambda path: path.write_bytes(b""), "cannot read"),
+    ("a.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "cannot read"),
+    ("a.jpg", lambda path: path.write_text("<html>not found</html>"), "cannot read"),
+])
+def test_bad_image_is_named(tmp_path, name, make, message):
+    path = tmp_path / "class" / name
+    path.parent.mkdir()
+    make(path)
+    with refused(message) as found:
+        images.load_images(str(tmp_path))
+    assert str(path) in str(found.value)
+
+
+def test_hidden_files_are_no_images_and_hidden_folders_no_classes(tmp_path):
+    hidden = ("cat/._0.png", "cat/.ipynb_checkpoints/0.png", ".ipynb_checkpoints/0.png", ".0.png")
+    for name in hidden:
+        write(tmp_path / name, b"no image")
+    Image.fromarray(VALUES).save(tmp_path / "cat" / "0.png")
+    data = images.load_images(str(tmp_path))
+    assert data.classes == ["cat"] and len(data.pixels) == 1
+    (tmp_path / "cat" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
+    assert pipeline.load_real(tmp_path / "cat", (64, 64))[1] == ["a cat"]
+
+
+def test_a_grid_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    images.save_grid(tmp_path / "grid.png", torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    before = (tmp_path / "grid.png").read_bytes()
+
+    def fail(image, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with refused("grid.png .*No space left"):
+        images.save_grid(tmp_path / "grid.png", torch.ones(1, 1, 8, 8, dtype=torch.uint8))
+    assert (tmp_path / "grid.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+# Scores
+
+
+@pytest.mark.parametrize("sizes, own", [([20, 20], True), ([20, 3], True), ([20, 1], False), ([1, 1], False)])
+def test_judge_of_small_classes(sizes, own):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    pixels = (labels * 200).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).to(torch.uint8)
+    data = images.Images(pixels, labels, ["a", "b"])
+    judge = images.train_judge(data, limit=len(labels) - 1)  # even where a class is not among those chosen
+    assert judge.accuracy(images.raw_pixels(pixels), labels) == (1, 1)
+    assert judge.own_accuracy == (pytest.approx(1) if own else None)
+
+
+def test_judge_of_one_class():
+    with refused("at least two classes"):
+        images.Judge(torch.randn(5, 3), torch.zeros(5))
+
+
+@pytest.mark.parametrize("a, message", [
+    (torch.zeros(1, 3), "two images on either side, got 1 and 4"),
+    (torch.zeros(0, 3), "got 0 and 4"),
+    (torch.full((4, 3), torch.nan), "not finite"),
+    (torch.full((4, 3), torch.inf), "not finite"),
+])
+def test_frechet_distance_of_too_little(a, message):
+    with refused(message):
+        images.frechet_distance(a, torch.randn(4, 3))
+    with pytest.raises(fgm.InputError):
+        images.frechet_distance(torch.randn(4, 3), a)
+
+
+def test_fid_tells_its_failures_apart_and_counts_real_images_once(tmp_path, monkeypatch):
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    class Means(FeatureExtractorBase):
+        """Two features an image, in place of Inception's 2048."""
+
+        seen, scale = 0, 1.0
+
+        def __init__(self):
+            super().__init__("means", ["2048"])
+
+        def forward(self, x):
+            Means.seen += len(x)
+            return (self.scale * torch.stack([x.double().mean((1, 2, 3)), x[:, 0, 0, 0].double()], 1),)
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("2048",)
+
+    real, fake = torch.from_numpy(VALUES[:40]).permute(0, 2, 1)[..., None].split(20)
+    write(tmp_path / "weights", b"no weights")
+    with refused("Inception weights .* cannot be used"):
+        images.fid(real, fake, tmp_path / "weights", CPU)
+    monkeypatch.setattr(images, "inception", lambda weights, device: Means())
+    images.real_statistics.cache_clear()
+    features = [torch.stack([x.double().mean((1, 2, 3)), x[:, 0, 0, 0].double()], 1) for x in (real, fake)]
+    for i in range(3):
+        found = images.fid(real, fake, None, CPU)
+        assert found == pytest.approx(images.frechet_distance(*features)) and Means.seen == 20 * (i + 2)
+    with refused("two images on either side, got 1"):
+        images.fid(real, fake[:1], None, CPU)
+    Means.scale = float("nan")
+    with refused("features are not finite"):
+        images.fid(real, fake, None, CPU)
+
+
+# Texts
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.txt", b"\xff\xfea\x00", "not UTF-8"),
+    ("a.txt", "caf\xe9".encode("latin-1"), "not UTF-8"),
+    ("a.txt", "\ufeff\n \n", "holds no prompts"),
+    ("a.jsonl", '{"prompt": 5}', "5 is no text"),
+    ("a.jsonl", '{"prompt": ["a"]}', "no text"),
+    ("a.jsonl", '{"prompt": null}', "KeyError"),
+    ("a.jsonl", '{"prompt": ""}', "KeyError"),
+    ("a.jsonl", r'{"prompt": "\ud800"}', "surrogates not allowed"),
+    ("a.jsonl", '["prompt"]', "every line must be"),
+    ("a.jsonl", "5", "every line must be"),
+    ("a.jsonl", '{"prompt": "a"', "every line must be"),
+    ("a.jsonl", "[" * 100_000, "every line must be"),
+    ("a.jsonl", b"\xff", "not UTF-8"),
+    ("a.jsonl", "", "holds no prompts"),
+    ("b/a.txt", "the folder a.txt is asked for", "Is a directory"),
+])
+def test_bad_prompts_are_named(tmp_path, name, content, message):
+    write(tmp_path / name, content)
+    path = tmp_path / name.split("/")[0]
+    with refused(message) as found:
+        prompts.read_prompts(path)
+    assert str(path) in str(found.value)
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("a.txt", "\ufeffa cat\r\na dog\r\n", ["a cat", "a dog"]),
+    ("a.txt", "caf\xe9\u2028au lait", ["caf\xe9\u2028au lait"]),
+    ("a.jsonl", '\ufeff{"prompt": "a cat"}\n{"text": "a dog"}', ["a cat", "a dog"]),
+    ("a.jsonl", '{"prompt": "one\u2028line"}', ["one\u2028line"]),
+])
+def test_strange_prompts_work(tmp_path, name, content, expected):
+    write(tmp_path / name, content)
+    assert prompts.read_prompts(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"prompt": 5}', "no text"), ('"prompt"', "every line must be"), (b"\xff", "not UTF-8"),
+    ("", "no prompts"),
+])
+def test_bad_geneval_metadata_is_named(tmp_path, content, message):
+    write(tmp_path / "metadata.jsonl", content)
+    with refused(message):
+        pipeline.geneval(None, tmp_path / "metadata.jsonl", tmp_path / "geneval", 1, 0, (32, 32), 0)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("metadata.jsonl", '{"file_name": ["a.png"], "text": "a"}', "no text"),
+    ("metadata.jsonl", '{"file_name": "a.png", "text": 7}', "7 is no text"),
+    ("metadata.jsonl", '{"file_name": "a.png"}', "KeyError"),
+    ("a.txt", b"\xff", "not UTF-8"),
+    ("a.txt", None, "link out of"),
+    ("metadata.jsonl", None, "link out of"),
+    ("b.png", b"no image", "cannot read"),
+])
+def test_bad_captions_are_named(tmp_path, name, content, message):
+    folder = tmp_path / "real"
+    write(tmp_path / "secret", '{"file_name": "a.png", "text": "secret"}')
+    folder.mkdir()
+    Image.fromarray(VALUES).save(folder / "a.png")
+    if content is None:
+        (folder / name).symlink_to(tmp_path / "secret")
+    else:
+        write(folder / name, content)
+    with refused(message) as found:
+        pipeline.load_real(folder, (64, 64))
+    assert str(folder / name) in str(found.value)
+
+
+# SD3 pipelines
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An untrained miniature: all that a pipeline's folder holds."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    folder = tmp_path_factory.mktemp("whole")
+    pipeline.quiet()
+    torch.manual_seed(0)
+    transformer, (vae, _) = SD3Transformer2DModel(**TRANSFORMER), train_vae(0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    StableDiffusion3Pipeline(transformer, scheduler, vae, **text_parts()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def source(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "source")
+
+
+def pickled(part):
+    """The weights of a component as a pickle, which must not be opened."""
+    weights = next(part.glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+
+
+def without(path):
+    """Weights in sound files of which one tensor is missing."""
+    tensors = load_file(path)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, path)
+
+
+def moved_out(part):
+    """A component that is a link out of the pipeline's folder."""
+    target = part.parent.parent / "elsewhere"
+    part.rename(target)
+    part.symlink_to(target)
+
+
+def shards(part, content):
+    weights = next(part.glob("*.safetensors"))
+    weights.rename(part / "shard.safetensors")
+    write(part / f"{weights.name}.index.json", json.dumps(content))
+
+
+TRANSFORMER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: write(f / "model_index.json", "{}"), "no readable model_index.json"),
+    (lambda f: write(f / "model_index.json", "[]"), "no readable model_index.json"),
+    (lambda f: write(f / "model_index.json", b"\xff"), "no readable model_index.json"),
+    (lambda f: edit(f / "model_index.json", vae=5), "its vae is 5"),
+    (lambda f: edit(f / "model_index.json", vae=[]), r"its vae is \[\]"),
+    (lambda f: edit(f / "model_index.json", vae=[None, None]), "its vae is"),
+    (lambda f: edit(f / "model_index.json", tokenizer=["antigravity", "Tokenizer"]), "its tokenizer is"),
+    (lambda f: edit(f / "model_index.json", tokenizer=["transformers", 5]), "cannot load the pipeline"),
+    (lambda f: edit(f / "model_index.json", tokenizer=["transformers", "No"]), "cannot load the pipeline"),
+    (lambda f: shutil.rmtree(f / "tokenizer_2"), "lacks its component tokenizer_2"),
+    (lambda f: moved_out(f / "vae"), "vae is a link out of"),
+    (lambda f: write(f / "vae/config.json", "{}"), "its block_out_channels is null"),
+    (lambda f: write(f / "vae/config.json", "[]"), "must hold a JSON object"),
+    (lambda f: write(f / "vae/config.json", "[" * 100_000), "must hold a JSON object"),
+    (lambda f: edit(f / "vae/config.json", shift_factor=None), "its shift_factor is null"),
+    (lambda f: edit(f / "vae/config.json", block_out_channels=5), "its block_out_channels is 5"),
+    (lambda f: edit(f / "vae/config.json", latent_channels=4), "cannot load"),
+    (lambda f: (f / "vae/config.json").unlink(), "lacks its config.json"),
+    (lambda f: write(f / "transformer/config.json", "{}"), "its in_channels is null"),
+    (lambda f: edit(f / "transformer/config.json", patch_size="2"), 'its patch_size is "2"'),
+    (lambda f: edit(f / "transformer/config.json", joint_attention_dim="x"), "describes no transformer"),
+    (lambda f: edit(f / "transformer/config.json", num_layers=5), "lacks .* of its weights|cannot load"),
+    (lambda f: write(f / "scheduler/scheduler_config.json", "[]"), "must hold a JSON object"),
+    (lambda f: write(f / "scheduler/scheduler_config.json", "{}"), "samples with None"),
+    (lambda f: write(f / "tokenizer/tokenizer_config.json", "5"), "must hold a JSON object"),
+    (lambda f: write(f / "tokenizer/tokenizer.json", "{"), "cannot read .*tokenizer.json"),
+    (lambda f: write(f / "tokenizer/tokenizer.json", "{}"), "cannot load the pipeline"),
+    (lambda f: write(f / "text_encoder_3/config.json", "{}"), "cannot load|lacks"),
+    (lambda f: cut(f / TRANSFORMER_WEIGHTS), "weights .*transformer.* are damaged"),
+    (lambda f: cut(f / TRANSFORMER_WEIGHTS, 0), "weights .*transformer.* are damaged"),
+    (lambda f: (f / TRANSFORMER_WEIGHTS).unlink(), "transformer lacks its weights"),
+    (lambda f: without(f / TRANSFORMER_WEIGHTS), "transformer lacks 1 of its weights"),
+    (lambda f: cut(f / "text_encoder_3/model.safetensors", 0.99), "weights .*text_encoder_3.* are damaged"),
+    (lambda f: without(f / "text_encoder/model.safetensors"), "text_encoder lacks 1 of its weights"),
+    (lambda f: pickled(f / "text_encoder_2"), "model.bin is not read"),
+    (lambda f: pickled(f / "vae"), "diffusion_pytorch_model.bin is not read"),
+    (lambda f: shards(f / "text_encoder", {}), "weight_map names no files"),
+    (lambda f: shards(f / "text_encoder", {"weight_map": {"a": 5}}), "weight_map names no files"),
+    (lambda f: shards(f / "text_encoder", {"weight_map": {"a": "../a"}}), "weight_map names no files"),
+    (lambda f: shards(f / "text_encoder", {"weight_map": {"a": "b"}}), "lacks its weights b"),
+])
+def test_bad_pipeline_is_refused(source, damage, message):
+    damage(source)
+    with refused(message):
+        pipeline.model_folder(str(source))
+        pipeline.open_pipeline(source, CPU, torch.float32)
+
+
+def test_pipeline_without_t5_and_with_shards_works(source):
+    shutil.rmtree(source / "text_encoder_3")
+    shutil.rmtree(source / "tokenizer_3")
+    edit(source / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    names = list(load_file(source / "text_encoder/model.safetensors"))
+    weight_map = dict.fromkeys(names, "shard.safetensors")
+    shards(source / "text_encoder", {"metadata": {}, "weight_map": weight_map})
+    pipe = pipeline.open_pipeline(pipeline.model_folder(source), CPU, torch.float32)
+    assert pipeline.draw(pipe, ["7", "8"], 1, 1.0, (32, 32)).shape == (2, 3, 32, 32)
+
+
+def test_exported_pipeline_is_independent_of_its_source(source, tmp_path):
+    from parts.mmdit import networks
+
+    write(tmp_path / "blob", "licence")
+    (source / "LICENSE.md").symlink_to(tmp_path / "blob")  # files of the hub's cache are links to blobs
+    write(source / "notes" / "private.txt", "not to be exported")
+    generator = fgm.OneStepGenerator(networks(source, 0, False, False, CPU)[2], 0.97, 0.8)
+    pipeline.export(source, generator, 0, torch.float32, tmp_path)
+    exported = tmp_path / "pipeline"
+    assert not (exported / "notes").exists() and (exported / "LICENSE.md").read_text() == "licence"
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    for path in exported.rglob("*"):
+        assert not path.is_symlink() and (path.is_dir() or path.stat().st_nlink == 1)
+        if path.is_file():
+            path.write_bytes(b"edited")
+    assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+
+
+def test_a_full_disk_keeps_the_pipeline_before(source, tmp_path, monkeypatch):
+    from parts.mmdit import networks
+
+    write(tmp_path / "pipeline" / "model_index.json", "before")
+    generator = fgm.OneStepGenerator(networks(source, 0, False, False, CPU)[2], 0.97, 0.8)
+
+    def fail(source, target, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy2", fail)
+    with refused("No space left.*the generator is safe"):
+        pipeline.export(source, generator, 0, torch.float32, tmp_path)
+    assert (tmp_path / "pipeline" / "model_index.json").read_text() == "before"
+    assert not (tmp_path / "pipeline.tmp").exists()
+
+
+# Caches
+
+
+def exchanged(path):
+    """Other weights in a file of the same size and time."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path, {"format": "pt"})
+    os.utime(path, ns=times)
+
+
+@pytest.mark.parametrize("change", [
+    lambda source, cache: exchanged(source / "text_encoder/model.safetensors"),
+    lambda source, cache: edit(source / "tokenizer/tokenizer_config.json", model_max_length=15),
+    lambda source, cache: write(cache / "about.json", "[]"),
+    lambda source, cache: write(cache / "about.json", "{"),
+    lambda source, cache: (cache / "about.json").unlink(),
+])
+def test_embeddings_of_another_model_are_not_used(source, tmp_path, change):
+    cache = tmp_path / "cache"
+    prompts.encode_prompts(source, ["7"], cache, CPU, torch.float32)
+    prompts.encode_prompts(source, ["7"], cache, CPU, torch.float32)
+    change(source, cache)
+    with refused("another .*model|cannot read .*about.json"):
+        prompts.encode_prompts(source, ["7"], cache, CPU, torch.float32)
+
+
+def test_prompts_with_the_same_lines_are_told_apart(source, tmp_path):
+    prompts.encode_prompts(source, ["a\nb", "c"], tmp_path / "cache", CPU, torch.float32)
+    with refused("another prompts"):
+        prompts.encode_prompts(source, ["a", "b\nc"], tmp_path / "cache", CPU, torch.float32)
+
+
+def wrong_rows(path):
+    save_file({name: value[:1] for name, value in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("prompts-000000", cut), ("prompts-000000", wrong_rows), ("prompts-000000", without), ("null", cut),
+    ("null", without),
+])
+def test_damaged_embeddings_are_named(source, tmp_path, name, damage):
+    cache = tmp_path / "cache"
+    prompts.encode_prompts(source, ["7", "8"], cache, CPU, torch.float32)
+    prompts.Embeddings(cache, 2, CPU)
+    damage(cache / f"{name}.safetensors")
+    with refused("embeddings in .* are damaged"):
+        prompts.Embeddings(cache, 2, CPU)
+
+
+def test_latents_follow_the_images_and_the_vae(source, tmp_path):
+    pixels = torch.from_numpy(VALUES[:32, :32]).permute(2, 0, 1)[None]
+    path = tmp_path / "latents.safetensors"
+
+    def encode():
+        return pipeline.encode_images(source, pixels, path, CPU).clone()  # they are memory-mapped
+
+    first, when = encode(), path.stat().st_mtime_ns
+    assert torch.equal(encode(), first) and path.stat().st_mtime_ns == when
+    for damage in (cut, lambda path: write(path, b""), lambda path: save_file({"a": torch.zeros(1)}, path)):
+        damage(path)
+        assert torch.equal(encode(), first)
+    exchanged(source / "vae/diffusion_pytorch_model.safetensors")
+    assert not torch.equal(encode(), first)
+
+
+def test_files_are_written_atomically(source, tmp_path, monkeypatch):
+    """geneval's, by a pipeline of which only the images matter."""
+    written = []
+    atomically = run.atomically
+    monkeypatch.setattr(pipeline, "atomically", lambda path: (written.append(path.name), atomically(path))[1])
+    monkeypatch.setattr(pipeline, "draw", lambda *args: torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    write(tmp_path / "metadata.jsonl", '{"prompt": "7"}')
+    pipeline.geneval(None, tmp_path / "metadata.jsonl", tmp_path / "geneval", 1, 0, (8, 8), 0)
+    assert written == ["metadata.jsonl", "0000.png", "0001.png", "0002.png", "0003.png"]
