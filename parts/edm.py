@@ -4,19 +4,18 @@ The U-Net is the DDPM++ network of Song et al. 2021 (arXiv 2011.13456) as config
 (EDM, arXiv 2206.00364).
 """
 
-import io
+import contextlib
 import json
 import math
-import pickle
-from collections import OrderedDict
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
+from parts.unpickle import read_pickle, shown
 
 # ------------------------------------------------------------------------------------------------------------
 # The network
@@ -201,62 +200,97 @@ class EDMVelocity(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Networks from descriptions and weights that are not trusted
+# ------------------------------------------------------------------------------------------------------------
+
+COUNT = int, fgm.COUNT
+DESCRIPTION = {  # of a network: what each entry is and may be
+    "img_resolution": COUNT, "in_channels": COUNT, "out_channels": COUNT, "model_channels": (int, "[4, 1e9]"),
+    "label_dim": (int, "[0, 1e9]"), "augment_dim": (int, "[0, 1e9]"), "channel_mult": (list, fgm.COUNT),
+    "channel_mult_emb": COUNT, "num_blocks": (int, "[1, 1000]"), "attn_resolutions": (list, fgm.COUNT),
+    "dropout": (float, "[0, 1)"), "edm_sigma_data": (float, "(0, 1e3)"),
+}
+COEFFICIENTS = {name: (float, fgm.RANGES[name]) for name in ("t_star", "c_in", "c_skip", "c_out")}
+
+
+def check_values(what, values, table, *required):
+    """Raises InputError unless values is a dict with the required names and none beyond the table's, each of
+    its kind there (int; list of int; float or int) and in its interval."""
+    if type(values) is not dict or not {*required} <= values.keys() <= table.keys():
+        raise InputError(f"its {what} needs {', '.join(required)}, may have {', '.join(table)}, "
+                         f"and is {shown(values)}")
+    for name, value in values.items():
+        kind, allowed = table[name]
+        numbers = value if type(value) is kind is list else [value]
+        if any(type(number) not in ((int, float) if kind is float else (int,)) for number in numbers):
+            raise InputError(f"its {name} is {shown(value)}")
+        for number in numbers:
+            fgm.check_setting(name, number, allowed)
+
+
+def build(network):
+    """A velocity network from its description: EDMUNet's arguments, plus "edm_sigma_data" for EDMVelocity."""
+    network = dict(network)
+    sigma_data = network.pop("edm_sigma_data", None)
+    net = EDMUNet(**network)
+    return net if sigma_data is None else EDMVelocity(net, sigma_data)
+
+
+def build_with_weights(network, shapes, read):
+    """build(network) in evaluation mode with the weights that a file has: their shapes {name: shape}, and
+    read(name), one as a tensor. Raises InputError, before it allocates, unless the two fit each other."""
+    required = ("img_resolution", "in_channels", "out_channels", "label_dim")
+    check_values("network", network, DESCRIPTION, *required)
+    if network["in_channels"] != network["out_channels"] or network.get("model_channels", 128) % 2:
+        raise InputError("in_channels and out_channels must be equal, and model_channels even")
+    blocks = network.get("num_blocks", 4) * len(network.get("channel_mult", (2, 2, 2)))
+    if 10 * blocks > len(shapes):
+        raise InputError(f"it claims {blocks} blocks in the encoder and has {len(shapes)} tensors in all")
+    for name in [name for name in shapes if name.endswith("resample_filter")]:
+        if shapes[name] != (1, 1, 2, 2) or (read(name) != 0.25).any():
+            raise InputError("its resampling filter is not supported; supported is [1, 1], a mean of 2x2")
+    with torch.device("meta"):
+        state = build(network).state_dict()
+    expected = {name: tuple(value.shape) for name, value in state.items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        held, needed = shapes.get(name), expected.get(name)
+        if held != needed:
+            raise InputError(f"{shown(name)} has shape {held}, a network of its description {needed}")
+    net = build(network)
+    for name, value in net.state_dict().items():
+        if not value.copy_(read(name)).isfinite().all():
+            raise InputError(f"{name} in it holds NaN or infinite numbers")
+    return net.eval()
+
+
+@contextlib.contextmanager
+def refusals(path, kind):
+    """Whatever goes wrong inside ends in InputError: a foreign file can fail in any way at all."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(0, "it is no regular file")  # opening a FIFO would wait for ever
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except InputError as error:
+        raise InputError(f"{path} cannot be used: {str(error)[:400]}") from error
+    except Exception as error:
+        reason = ascii(f"{type(error).__name__}: {error}"[:200])[1:-1]
+        raise InputError(f"{path} is no {kind}, or is damaged ({reason})") from error
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Published EDM networks as flow teachers
 # ------------------------------------------------------------------------------------------------------------
 
-
-class PickledModule:
-    """What an instance of a published pickle's own classes becomes: its state, and none of its code."""
-
-    def __init__(self, class_name="", state=None):
-        self.class_name, self.state = class_name, state or {}
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def tensors(self, prefix=""):
-        """{name: tensor} of the parameters and buffers of this module and those inside."""
-        own = {**self.state["_parameters"], **self.state["_buffers"]}
-        found = {prefix + name: value.detach() for name, value in own.items() if value is not None}
-        for name, module in self.state["_modules"].items():
-            if module is not None:
-                found |= module.tensors(f"{prefix}{name}.")
-        return found
-
-
-def pickled_module(meta):
-    return PickledModule(meta["class_name"], meta["state"])
-
-
-def pickled_parameter(data, requires_grad, hooks):
-    return data
-
-
-def pickled_storage(content):
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-HARMLESS_GLOBALS = {
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): pickled_module,
-    ("torch.nn.modules.container", "ModuleDict"): PickledModule,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_parameter"): pickled_parameter,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch.storage", "_load_from_bytes"): pickled_storage,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "scalar"): NUMPY_SCALAR,
-    ("numpy._core.multiarray", "scalar"): NUMPY_SCALAR,
+UNSUPPORTED = {
+    "VPPrecond": "the VP preconditioner", "VEPrecond": "the VE preconditioner",
+    "iDDPMPrecond": "the iDDPM preconditioner", "DhariwalUNet": "the ADM network",
 }
-
-
-class EDMUnpickler(pickle.Unpickler):
-    """Reads EDM's pickles without running the Python source in them; refuses all globals they do not need."""
-
-    def find_class(self, module, name):
-        if (module, name) not in HARMLESS_GLOBALS:
-            raise InputError(f"it names {module}.{name}, which no EDM network needs; nothing was executed")
-        return HARMLESS_GLOBALS[module, name]
+FIXED = {  # attributes of the layers, whose other values would change the velocity and no weight's shape
+    "num_heads": (0, 1), "skip_scale": (math.sqrt(0.5),), "eps": (1e-6,), "adaptive_scale": (False,),
+    "max_positions": (10000,), "endpoint": (True,),
+}
 
 
 def load_edm(path):
@@ -270,66 +304,55 @@ def load_edm(path):
 
 def read_edm(path):
     """load_edm's network, and its description as build() takes it."""
-    try:
-        with open(path, "rb") as file:
-            content = EDMUnpickler(file).load()
-        outer = content["ema"]
+    with refusals(path, "EDM network"):
+        outer = read_pickle(path)["ema"]
         inner = outer.state["_modules"]["model"]
-        if outer.class_name != "EDMPrecond" or inner.class_name != "SongUNet":
-            held = f"{outer.class_name}({inner.class_name})"
-            raise InputError(f"it holds {held}; supported is EDMPrecond(SongUNet), DDPM++")
-        weights = {name: value.float() for name, value in inner.tensors().items()}
-        network = edm_config(weights, outer.state) | {"edm_sigma_data": float(outer.state["sigma_data"])}
-        velocity = build(network)
-        velocity.net.load_state_dict(weights)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except InputError as error:
-        raise InputError(f"{path} cannot be used: {error}") from error
-    except Exception as error:  # a foreign pickle can fail in any way at all
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise InputError(f"{path} is not an EDM network, or is damaged ({reason})") from error
-    return velocity.eval(), network
+        check_variant(outer, inner)
+        weights = {f"net.{name}": tensor for name, tensor in inner.tensors().items()}  # names in EDMVelocity
+        shapes = {name: tensor.size for name, tensor in weights.items()}
+        network = edm_config(shapes, outer.state)
+        return build_with_weights(network, shapes, lambda name: weights[name].read()), network
 
 
-def edm_config(weights, outer):
-    """EDMUNet's arguments, from the names and shapes of the weights; outer: the preconditioner's values."""
-    other = any("aux_skip" in name or value.shape[-2:] == (4, 4) for name, value in weights.items())
-    if "map_layer0.weight" not in weights or other:
-        raise InputError("it holds NCSN++ (VE) or another network; supported is DDPM++ (VP)")
-    embedding, model_channels = weights["map_layer0.weight"].shape
-    channels = int(outer["img_channels"])
-    augmented = "map_augment.weight" in weights
-    convs = [name for name in weights if name.startswith("enc.") and name.endswith("conv1.weight")]
-    blocks = [name.split(".")[1] for name in convs if "_block" in name]  # "16x16_block0"
+def check_variant(outer, inner):
+    """Raises InputError for other preconditioners and networks, and names what EDMUNet does not do."""
+    found = {module.class_name for module in (outer, inner)} - {"EDMPrecond", "SongUNet"}
+    kinds = [UNSUPPORTED.get(name, name) for name in sorted(found)]
+    for prefix, module in inner.modules():
+        if module.class_name == "FourierEmbedding":
+            kinds.append("the Fourier embedding of NCSN++")
+        if "aux_" in prefix and not ("aux_norm" in prefix or "aux_conv" in prefix):
+            kinds.append("skip or residual connections of NCSN++ between resolutions")
+        changed = [name for name in FIXED if module.state.get(name, FIXED[name][0]) not in FIXED[name]]
+        kinds += [f"{name} = {shown(module.state[name])}" for name in changed]
+    if kinds:
+        held = f"{outer.class_name}({inner.class_name})"
+        raise InputError(f"it holds {held} with {', '.join(dict.fromkeys(kinds))}, which is not supported; "
+                         "supported is EDMPrecond(SongUNet) as DDPM++ (VP)")
+
+
+def edm_config(shapes, outer):
+    """The description of a DDPM++ network, from {name: shape} and the preconditioner's values."""
+    embedding, model_channels = shapes["net.map_layer0.weight"]
+    convs = [name for name in shapes if name.startswith("net.enc.") and name.endswith("conv1.weight")]
+    blocks = [name.split(".")[2] for name in convs if "_block" in name]  # "16x16_block0"
     sizes = sorted({int(block.split("x")[0]) for block in blocks}, reverse=True)
-    first = {size: f"enc.{size}x{size}_block0" for size in sizes}
+    first = {size: f"net.enc.{size}x{size}_block0" for size in sizes}
     return dict(
-        img_resolution=int(outer["img_resolution"]),
-        in_channels=channels,
-        out_channels=channels,
-        label_dim=int(outer["label_dim"]),
-        augment_dim=weights["map_augment.weight"].shape[1] if augmented else 0,
+        img_resolution=outer["img_resolution"], in_channels=outer["img_channels"],
+        out_channels=outer["img_channels"], label_dim=outer["label_dim"],
+        augment_dim=shapes.get("net.map_augment.weight", (0, 0))[1],
         model_channels=model_channels,
-        channel_mult=[weights[f"{first[size]}.conv1.weight"].shape[0] // model_channels for size in sizes],
-        channel_mult_emb=embedding // model_channels,
-        num_blocks=len(blocks) // len(sizes),
-        attn_resolutions=[size for size in sizes if f"{first[size]}.qkv.weight" in weights],
-        dropout=0.0,
+        channel_mult=[shapes[f"{first[size]}.conv1.weight"][0] // model_channels for size in sizes],
+        channel_mult_emb=embedding // model_channels, num_blocks=len(blocks) // len(sizes),
+        attn_resolutions=[size for size in sizes if f"{first[size]}.qkv.weight" in shapes],
+        dropout=0.0, edm_sigma_data=outer["sigma_data"],
     )
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Network files: weights and, in the safetensors header under "about", all that is needed to use them
 # ------------------------------------------------------------------------------------------------------------
-
-
-def build(network):
-    """A velocity network from its description: EDMUNet's arguments, plus "edm_sigma_data" for EDMVelocity."""
-    network = dict(network)
-    sigma_data = network.pop("edm_sigma_data", None)
-    net = EDMUNet(**network)
-    return net if sigma_data is None else EDMVelocity(net, sigma_data)
 
 
 def image_shape(network):
@@ -340,19 +363,17 @@ def image_shape(network):
 def load_network(path):
     """A network file of ours. Returns the net in evaluation mode and its description: a dict with "network",
     "data", "classes" and, of a generator, "generator". Raises InputError if missing, cut short or foreign."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, "pt") as file:
-            description = json.loads(file.metadata()["about"])
-            net = build(description["network"])
-            net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    except (SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise InputError(f"{path} is not a network file of cifar.py, or is damaged ({reason})") from error
-    return net.eval(), description
+    with refusals(path, "network file of cifar.py"), safe_open(path, "pt") as file:
+        description = json.loads(file.metadata()["about"])
+        if "generator" in description:
+            check_values("generator", description["generator"], COEFFICIENTS, "t_star")
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        if {part.get_dtype() for part in slices.values()} - {"F64", "F32", "F16", "BF16"}:
+            raise InputError("its weights are no floating-point numbers")
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        return build_with_weights(description["network"], shapes, file.get_tensor), description
 
 
 def load_teacher(path, images, cond):
