@@ -4,7 +4,6 @@
     python cifar.py --cond                           # CIFAR-10, the paper's settings; for GPUs
     python cifar.py --cond --teacher edm-cifar10-32x32-cond-vp.pkl       # start from a published EDM network
     torchrun --nproc-per-node 8 cifar.py --cond      # the same run, sharded over 8 GPUs
-    python cifar.py --data my/images --resolution 32 # a folder with one sub-folder per class
     python cifar.py --sample 64 --out runs/digits-cond                   # draw from a finished run
 
 One run does what is missing and keeps what is there: teacher, distillation, samples, scores, pictures; run
@@ -165,11 +164,9 @@ def sampler_from_file(args, out, device):
     network = description["network"]
     if not args.ode_steps and "generator" not in description:
         raise InputError(f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
-    label_dim = network["label_dim"]
-    if args.classes and not label_dim:
-        raise InputError(f"--classes: {path} is unconditional")
-    if args.classes and not all(0 <= label < label_dim for label in args.classes):
-        raise InputError(f"--classes must lie in 0..{label_dim - 1}")
+    if args.classes and max(args.classes) >= (label_dim := network["label_dim"]):
+        possible = f"must lie in 0..{label_dim - 1}" if label_dim else "needs a conditional network"
+        raise InputError(f"--classes {possible}")
     net = net.to(device)
     if args.ode_steps:
         return partial(fgm.sample_ode, net, steps=args.ode_steps), network
@@ -186,6 +183,9 @@ def initial_network(args, real, label_dim):
     if args.teacher:
         return load_teacher(args.teacher, real, args.cond)
     channels, resolution = real.pixels.shape[1:3]
+    sizes = [resolution >> level for level in range(len(args.channel_mult))]
+    if args.attention != PAPER["attention"] and not set(args.attention) <= set(sizes):
+        raise InputError(f"--attention: the network's resolutions are {sizes}")
     network = dict(
         img_resolution=resolution, in_channels=channels, out_channels=channels, label_dim=label_dim,
         model_channels=args.model_channels, channel_mult=args.channel_mult, num_blocks=args.num_blocks,
@@ -342,8 +342,8 @@ def print_results(args, real, judge, floor, rows, seconds, out):
         accuracies = f"{row['accuracy']:10.2%}{row['worst_class']:13.2%}" if args.cond else ""
         print(f"  {label:18}{distance:24.4f}{accuracies}{row['seconds']:9.1f}")
 
-    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"  {spent}; pictures and metrics.json in {out}")
+    print("  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+          + f"; pictures and metrics.json in {out}")
 
 
 if __name__ == "__main__":

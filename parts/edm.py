@@ -50,7 +50,10 @@ def linear(features_in, features_out, bias=True):
 
 
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    groups = min(32, channels // 4)
+    if channels % groups:
+        raise InputError(f"{channels} channels do not divide into {groups} groups; take multiples of 32")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class Block(nn.Module):
