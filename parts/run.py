@@ -255,6 +255,10 @@ def checksums(folder):
     return {name: value for part in parts for name, value in part.items()}
 
 
+def checksum(content):
+    return zlib.crc32(json.dumps(finite(content), sort_keys=True).encode())
+
+
 def checkpoints(folder, phase):
     """The checkpoints of a phase, oldest first; nothing else that may lie beside them."""
     return sorted(path for path in folder.glob(f"{phase}-*") if re.fullmatch(rf"{phase}-\d{{9}}", path.name))
@@ -299,7 +303,8 @@ def save_checkpoint(folder, phase, step, learners, settings, seconds):
         if process_rank() == 0:
             updates = {name: learner.updates for name, learner in learners.items()}
             content = {"step": step, "updates": updates, "seconds": seconds, "settings": settings}
-            write_json(temporary / "checkpoint.json", content | {"files": files})
+            content |= {"files": files}
+            write_json(temporary / "checkpoint.json", content | {"crc32": checksum(content)})
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
             for old in checkpoints(folder, phase)[:-2]:
@@ -340,7 +345,8 @@ def load_checkpoint(folder, phase, learners, settings, resume):
     refusal = f"{newest} is damaged or not a checkpoint of this run; remove it to go on from {before}"
     try:
         saved = json.loads((newest / "checkpoint.json").read_text())
-        intact = saved["files"] == checksums(newest)
+        claimed = saved.pop("crc32", None)
+        intact = saved["files"] == checksums(newest) and claimed in (None, checksum(saved))
         step, seconds, updates = int(saved["step"]), float(saved["seconds"]), dict(saved["updates"])
         then = dict(saved["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:

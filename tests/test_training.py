@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import random
 import resource
 import shutil
 import signal
@@ -182,6 +183,34 @@ def test_pictures_between_steps_change_nothing_on_two_processes(tmp_path):
         assert done.returncode == 0, done.stderr
         found.append(torch.cat([value.flatten() for value in load_file(weights_file).values()]))
     assert (found[0] - found[1]).norm() < 1e-6 * found[0].norm()
+
+
+def test_mutated_checkpoints_are_refused_or_harmless(tmp_path):
+    """Random bytes changed, cut off or added in any file of a checkpoint: refused, or the same state."""
+    teacher, generator, flow = networks()
+    fgm.distill(teacher, generator, flow, (2,), steps=4, batch=4, run=run.FolderRun(tmp_path, save_every=2))
+    run.FolderRun.locks.pop().close()
+    newest = tmp_path / "checkpoints/distill-000000004"
+    original = contents(newest)
+    settings = json.loads((newest / "checkpoint.json").read_text())["settings"]
+    choose, refused = random.Random(0), 0
+    for _ in range(100):
+        path = choose.choice(sorted(original))
+        content, place = bytearray(original[path]), choose.randrange(len(original[path]))
+        kind = choose.randrange(3)
+        content[place : place + (kind != 1)] = [] if kind == 0 else [choose.randrange(256)]
+        path.write_bytes(content)
+        learners = {"generator": fgm.Learner(networks(1)[1], 1e-3, (0.0, 0.999), 1e-8, None, 0.999)}
+        learners["flow"] = fgm.Learner(networks(1)[2], 1e-3, (0.0, 0.999), 1e-8)
+        try:
+            step, _ = run.load_checkpoint(tmp_path / "checkpoints", "distill", learners, settings, "same")
+            state = run.state_tensors(learners)
+            expected = load_file(next(newest.glob("*.safetensors")))
+            assert step == 4 and all(torch.equal(state[name], expected[name]) for name in expected)
+        except fgm.InputError:
+            refused += 1
+        path.write_bytes(original[path])
+    assert refused > 80
 
 
 def test_what_is_written_is_finite(tmp_path):
