@@ -121,6 +121,8 @@ class Parser(argparse.ArgumentParser):
                     action.setting.check(f"argument {action.option_strings[0]}:", getattr(args, action.dest))
                 except InputError as error:
                     self.error(error)
+        if getattr(args, "resume", False) and args.overwrite:
+            self.error("--resume goes on with the run in OUT and --overwrite removes it: give one of them")
         words = {word.partition("=")[0] for word in sys.argv[1:]}
         for name in [action.dest for action in self._actions if words & set(action.option_strings)]:
             others = dict(needs).get(name, ())

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
-from parts.run import atomically, noise_from
+from parts.run import atomically, first_process, noise_from
 
 # ------------------------------------------------------------------------------------------------------------
 # Pixels and image files
@@ -135,19 +135,15 @@ def cifar10():
     from torchvision.datasets import CIFAR10
 
     root = Path.home() / ".cache" / "cifar10"
-    error = None
-    if process_rank() == 0:
+
+    def download():
         try:
             CIFAR10(root, download=True)
-        except (OSError, RuntimeError) as failure:  # urllib's errors are OSErrors
-            error = str(failure)
-    if world_size() > 1:
-        errors = [error]
-        dist.broadcast_object_list(errors)
-        error = errors[0]
-    if error:
-        raise InputError(f"cannot download CIFAR-10 to {root} ({error}); "
-                         "try --data digits (no download), or --data DIR for a folder of images")
+        except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
+            raise InputError(f"cannot download CIFAR-10 to {root} ({error}); try --data digits "
+                             "(no download), or --data DIR for a folder of images") from error
+
+    first_process(download)
     dataset = CIFAR10(root)
     return Images(channels_first(dataset.data), torch.tensor(dataset.targets), dataset.classes)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import fgm
 from fgm import InputError
-from parts.run import open_folder, read_json, save_tensors, write_json
+from parts.run import first_process, open_folder, read_json, save_tensors, write_json
 
 # ------------------------------------------------------------------------------------------------------------
 # Prompts
@@ -179,22 +179,6 @@ def contents(folder, *patterns):
             with open(path, "rb") as file:
                 names.append([str(path.relative_to(folder)), hashlib.file_digest(file, "sha256").hexdigest()])
     return names
-
-
-def first_process(work):
-    """work() on the first process, the others wait; its InputError is raised on all. A collective call."""
-    error = None
-    if fgm.process_rank() == 0:
-        try:
-            work()
-        except (InputError, OSError) as failure:
-            error = str(failure)
-    if fgm.world_size() > 1:
-        errors = [error]
-        dist.broadcast_object_list(errors)
-        error = errors[0]
-    if error:
-        raise InputError(error)
 
 
 def claim(cache, identity):

@@ -34,8 +34,6 @@ from fgm import Diverged, InputError, gathered, process_rank, world_size
 
 def folder_run(args, out):
     """The run in folder out that the flags describe."""
-    if args.overwrite and args.resume:
-        raise InputError("--resume goes on with the run in OUT and --overwrite removes it: give one of them")
     resume = "no" if args.overwrite else "any" if args.resume else "same"
     return FolderRun(out, resume, args.save_every, args.log_every, getattr(args, "picture_every", None))
 
@@ -106,6 +104,22 @@ def setup(device=None):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device
+
+
+def first_process(work):
+    """work() on the first process, the others wait; its InputError is raised on all. A collective call."""
+    error = None
+    if process_rank() == 0:
+        try:
+            work()
+        except (InputError, OSError) as failure:
+            error = str(failure)
+    if world_size() > 1:
+        errors = [error]
+        dist.broadcast_object_list(errors)
+        error = errors[0]
+    if error:
+        raise InputError(error)
 
 
 GATHERED_WHOLE = 10_000_000  # parameters; below, many small messages cost more than the memory that they save
@@ -187,7 +201,7 @@ def write_json(path, content):
 
 
 def read_json(path):
-    """The object in a JSON file. Raises InputError if it cannot be read."""
+    """The content of a JSON file. Raises InputError if it cannot be read."""
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -402,18 +416,21 @@ class FolderRun(fgm.Run):
         self.save_every, self.log_every, self.picture_every = save_every, log_every, picture_every
         self.picture, self.fingerprint = picture, fingerprint or {}
         self.folder = self.out / "checkpoints"
-        if process_rank() == 0:
-            lock = open(self.out / ".lock", "w")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                lock.close()
-                raise InputError(f"another run is at work in {out}: wait, or name another --out") from error
-            self.locks.append(lock)
-            for phase in self.PHASES if resume == "no" else ():
-                for old in checkpoints(self.folder, phase):
-                    shutil.rmtree(old)
-            for name in ("generator.safetensors", "metrics.json", "log.jsonl") if resume == "no" else ():
+        first_process(self.take_folder)
+
+    def take_folder(self):
+        """Lock the folder and, to start again, remove what earlier runs left. Raises InputError if in use."""
+        lock = open(self.out / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise InputError(f"another run is at work in {self.out}: wait, or name another --out") from error
+        self.locks.append(lock)
+        if self.resume == "no":
+            for old in [path for phase in self.PHASES for path in checkpoints(self.folder, phase)]:
+                shutil.rmtree(old)
+            for name in ("generator.safetensors", "metrics.json", "log.jsonl"):
                 (self.out / name).unlink(missing_ok=True)
 
     def steps(self, phase, steps, learners, settings):
