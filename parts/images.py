@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
-from parts.run import atomically, first_process, noise_from
+from parts.run import atomically, first_process, moved, noise_from
 
 # ------------------------------------------------------------------------------------------------------------
 # Pixels and image files
@@ -205,15 +205,15 @@ def data_functions(images, label_dim, flip, device):
     def conditions(seeds):
         if not label_dim:
             return {}
-        index = (seeds % n).to(device)
-        return {"class_labels": F.one_hot(labels[index], label_dim).float()}
+        return {"class_labels": F.one_hot(labels[moved(seeds, device) % n], label_dim).float()}
 
     def data(seeds):
-        x = to_float(pixels[(seeds % n).to(device)])
+        cond, seeds = conditions(seeds), moved(seeds, device)
+        x = to_float(pixels[seeds % n])
         if flip:
-            flipped = per_sample((seeds // n % 2).to(device) == 1, x)
+            flipped = per_sample(seeds // n % 2 == 1, x)
             x = torch.where(flipped, x.flip(3), x)
-        return x, conditions(seeds)
+        return x, cond
 
     return data, conditions
 
@@ -223,7 +223,10 @@ def data_functions(images, label_dim, flip, device):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=500):
+DRAWN = 500  # images at a time, of all processes
+
+
+def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=DRAWN):
     """n images of sampler(noise, **cond) -> x0, uint8 [n, *shape], and their labels [n], on every CPU.
 
     Image i has class classes[i % len(classes)] (by default all classes in turn) and noise that depends on
