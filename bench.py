@@ -29,7 +29,7 @@ import cifar
 import fgm
 import tiny_sd3
 import toy2d
-from parts import edm, images, mmdit
+from parts import edm, images, memory, mmdit
 from parts.flags import COUNT, Parser, Setting, add_flags
 from parts.pipeline import quiet
 from parts.run import FolderRun, command, open_folder, setup, write_json
@@ -59,7 +59,10 @@ def digits(device, batch=128):
 
 
 def cifar10(device):
-    return unet(device, 256 if device.type == "cuda" else 8, 32, 3)
+    subject = unet(device, 256 if device.type == "cuda" else 8, 32, 3)
+    need = memory.needs(subject.net, subject.shape, 10, bf16=False)
+    peak = lambda batch: max(memory.phases(need, False, batch, drawn=0).values())  # noqa: E731
+    return subject._replace(batch=memory.largest_micro_batch(subject.batch, memory.free_bytes(device), peak))
 
 
 def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, config=tiny_sd3.TRANSFORMER):
@@ -271,11 +274,15 @@ def scaling_rows(device, args):
         large = small._replace(batch=32 * times)
         found = ratio(partial(step_times, large, 3), partial(step_times, small, 3), args.repeats, 1 / times)
         yield f"cost of an image, batch {32 * times} / batch 32: digits", found
-    found = spread([one / two for one, two in zip(images_per_s(1), images_per_s(2), strict=True)])
-    yield "seconds an image, 2 processes / 1, same batch and cores: digits", found
+    try:
+        ratios = [a / b for a, b in zip(images_per_s(1, device), images_per_s(2, device), strict=True)]
+        yield "seconds an image, 2 processes / 1, same batch and cores: digits", spread(ratios)
+    except subprocess.CalledProcessError as error:  # fewer than two GPUs, say
+        reason = [line for line in error.stderr.splitlines() if line.startswith("cifar.py: ")]
+        print(f"no row for two processes: {reason[0] if reason else error}")
 
 
-def images_per_s(processes):
+def images_per_s(processes, device):
     """What cifar.py logs while it distils digits, but the first; the processes share our cores."""
     launcher = [sys.executable]
     if processes > 1:
@@ -284,7 +291,8 @@ def images_per_s(processes):
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
     with tempfile.TemporaryDirectory() as out:
         parts = [*launcher, Path(__file__).with_name("cifar.py"), *flags, "--out", out]
-        subprocess.run(parts, env=env, check=True, capture_output=True)
+        parts += ["--device", device.type]
+        subprocess.run(parts, env=env, check=True, capture_output=True, text=True)
         log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [record["images_per_s"] for record in log if record["phase"] == "distill"][1:]
 

@@ -57,7 +57,7 @@ class Needs(NamedTuple):
 
 
 def needs(net, shape, label_dim, bf16, images=2):
-    """The Needs of a U-Net that is not sharded, found by passes of two images. Leaves it in training mode."""
+    """The Needs of a U-Net, not sharded, found by passes of two images; leaves it in evaluation mode."""
     device = next(net.parameters()).device
     x, t = torch.zeros(images, *shape, device=device), torch.ones(images, device=device)
     cond = {"class_labels": torch.zeros(images, label_dim, device=device)} if label_dim else {}
@@ -65,7 +65,7 @@ def needs(net, shape, label_dim, bf16, images=2):
     # Of weights, in bfloat16, which the graph keeps; those of biases and norms are small.
     copies = 2 * sum(p.numel() for p in net.parameters() if p.dim() > 1) if bf16 else 0
 
-    def count(gradients):
+    def count(net, gradients):
         with torch.set_grad_enabled(gradients), LiveBytes(before) as live:
             with torch.autocast(device.type, torch.bfloat16, enabled=gradients and bf16):
                 output = net(x, t, **cond)
@@ -73,10 +73,8 @@ def needs(net, shape, label_dim, bf16, images=2):
             del output  # with its graph
         return counted / images
 
-    net.eval()
-    drawing, kept = count(False), count(True)
-    net.train()
-    return Needs(4 * sum(p.numel() for p in net.parameters()), count(True), kept, drawing)
+    weights, training = 4 * sum(p.numel() for p in net.parameters()), count(net.train(), True)
+    return Needs(weights, training, count(net.eval(), True), count(net.eval(), False))
 
 
 def phases(need, bf16, micro_batch, drawn, ema=True):

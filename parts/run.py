@@ -94,15 +94,16 @@ def setup(device=None):
         raise InputError(f"--device {device}: cpu, cuda or cuda:N are possible") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: cpu, cuda or cuda:N are possible")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(hours=2)  # the others wait while one downloads or scores
         dist.init_process_group(backend, timeout=timeout)
     if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     return device

@@ -502,6 +502,12 @@ def test_noise_of_a_seed_is_its_own():
     assert correlation.abs().max() < 0.1 and abs(noise.std().item() - 1) < 0.05
 
 
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(fgm.InputError, match="--device cuda:99: this machine has"):
+        run.setup("cuda")
+
+
 def test_import_is_light():
     heavy = {"diffusers", "transformers", "sklearn", "matplotlib", "PIL", "torchvision"}
     code = f"import sys, fgm, toy2d, cifar, sd3, tiny_sd3, bench; print(sorted({heavy} & set(sys.modules)))"
