@@ -61,8 +61,8 @@ def digits(device, batch=128):
 def cifar10(device):
     subject = unet(device, 256 if device.type == "cuda" else 8, 32, 3)
     need = memory.needs(subject.net, subject.shape, 10, bf16=False)
-    peak = lambda batch: max(memory.phases(need, False, batch, drawn=0).values())  # noqa: E731
-    return subject._replace(batch=memory.largest_micro_batch(subject.batch, memory.free_bytes(device), peak))
+    fitting = memory.largest_micro_batch(subject.batch, memory.free_bytes(device), need, bf16=False)
+    return subject._replace(batch=fitting)
 
 
 def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, config=tiny_sd3.TRANSFORMER):

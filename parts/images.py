@@ -223,17 +223,19 @@ def data_functions(images, label_dim, flip, device):
 # ------------------------------------------------------------------------------------------------------------
 
 
-DRAWN = 500  # images at a time, of all processes
+def images_at_once(shape):
+    """How many images [C, R, R] all processes together draw: 500, or fewer of more than 32x32."""
+    return max(1, 500 * 32**2 // max(32**2, shape[1] * shape[2]))
 
 
-def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=DRAWN):
+def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=None):
     """n images of sampler(noise, **cond) -> x0, uint8 [n, *shape], and their labels [n], on every CPU.
 
     Image i has class classes[i % len(classes)] (by default all classes in turn) and noise that depends on
     (seed, i) alone. A collective call: the processes share each batch. A last batch that is not full is
     filled with images that are dropped, because sharded networks must be called by all processes."""
     classes = torch.tensor(range(label_dim or 1) if classes is None else classes)
-    share = math.ceil(min(batch, n) / world_size())
+    share = math.ceil(min(batch or images_at_once(shape), n) / world_size())
     images = []
     for begin in range(0, n, share * world_size()):
         indices = begin + process_rank() * share + torch.arange(share)

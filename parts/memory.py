@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fgm
-from parts.images import DRAWN
+from parts.images import images_at_once
 
 
 class LiveBytes(TorchDispatchMode):
@@ -80,15 +80,15 @@ def needs(net, shape, label_dim, bf16, images=2):
 def phases(need, bf16, micro_batch, drawn, ema=True):
     """Bytes that a process needs at the peaks of a run of cifar.py: {phase: bytes}.
 
-    drawn: images that it draws at a time, in float32. A distillation step's peak is where the graphs of all
-    three networks live, beside the gradients of two. Adam keeps two moments of the teacher, one of the
-    others, whose beta1 is 0. That is for one process; where several shard the networks, each needs less."""
+    drawn: images that it draws at a time, in float32; Inception's needs are not counted. A distillation
+    step's peak is where the graphs of all three networks live, beside the gradients of two. Adam keeps two
+    moments of the teacher, one of the others, whose beta1 is 0. Networks that are sharded need less."""
     networks, average = 3 * need.weights, need.weights if ema else 0
     copies = need.weights / 2 if bf16 else 0
     return {
         "a teacher step": networks + 4 * need.weights + copies + micro_batch * need.training,
         "a distillation step": networks + 4 * need.weights + average + 3 * (copies + micro_batch * need.kept),
-        "drawing": networks + average + drawn * need.drawing,
+        "scoring": networks + average + drawn * need.drawing,
     }
 
 
@@ -102,33 +102,33 @@ def free_bytes(device):
     return free.item()
 
 
-def largest_micro_batch(share, available, peak):
-    """The largest divisor of share for which peak(divisor) bytes leave a tenth of those available, or 1."""
-    divisors = (m for m in range(share, 1, -1) if share % m == 0)
-    return next((m for m in divisors if peak(m) <= 0.9 * available), 1)
+def largest_micro_batch(share, available, need, bf16, ema=True):
+    """The largest divisor of share with which the steps leave a tenth of the bytes available, or 1."""
+    for micro_batch in range(share, 1, -1):
+        peak = max(phases(need, bf16, micro_batch, 0, ema).values())
+        if share % micro_batch == 0 and peak <= 0.9 * available:
+            return micro_batch
+    return 1
 
 
 def settle_micro_batch(args, net, shape, label_dim):
     """Print what a run of cifar.py needs by phase; where no micro-batch is given, take one that fits.
 
     net: the U-Net, not sharded. A collective call."""
-    device = next(net.parameters()).device
+    device, processes, ema = next(net.parameters()).device, fgm.world_size(), args.ema is not None
     bf16, available = fgm.wants_bf16(args.precision, device), free_bytes(device)
-    need, drawn = needs(net, shape, label_dim, bf16), math.ceil(min(DRAWN, args.samples) / fgm.world_size())
-
-    def phases_of(micro_batch):
-        return phases(need, bf16, micro_batch, drawn, args.ema is not None)
-
-    def peak(micro_batch):
-        return max(phases_of(micro_batch).values())
-
+    need = needs(net, shape, label_dim, bf16)
     if args.micro_batch is None:
-        args.micro_batch = largest_micro_batch(args.batch // fgm.world_size(), available, peak)
+        args.micro_batch = largest_micro_batch(args.batch // processes, available, need, bf16, ema)
+    drawn = math.ceil(min(images_at_once(shape), args.samples) / processes)
+    found = phases(need, bf16, args.micro_batch, drawn, ema)
+    if args.teacher:
+        del found["a teacher step"]
+    peak = max(found, key=found.get)
     if fgm.process_rank() == 0:
-        found = phases_of(args.micro_batch)
         listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in found.items())
-        print(f"memory per process, estimated: {peak(args.micro_batch) / 1e9:.2f} GB, "
-              f"in {max(found, key=found.get)} ({listed}); micro-batch {args.micro_batch}")
-        if peak(args.micro_batch) > available:
+        print(f"memory per process, estimated: {found[peak] / 1e9:.2f} GB, in {peak} ({listed}), "
+              f"with micro-batch {args.micro_batch}")
+        if found[peak] > available:
             print(f"that is more than the {available / 1e9:.0f} GB that are free on the device: "
-                  "try a smaller --micro-batch or network, or fewer --samples")
+                  "try a smaller --micro-batch or network, or more processes")
