@@ -117,7 +117,7 @@ def intervals(marks):
 
 
 def step_times(subject, steps, **settings):
-    """Seconds of fgm.distill's steps but the first and last, told apart by its two calls for conditions."""
+    """Seconds of fgm.distill's steps but the first and last, told apart by its calls for conditions."""
     teacher, flow, net, shape, batch, conditions = subject
     marks = []
 
@@ -125,29 +125,28 @@ def step_times(subject, steps, **settings):
         marks.append(now())
         return conditions(seeds)
 
-    settings = dict(steps=steps + 2, batch=batch, conditions=timed, lr=1e-6, precision="fp32") | settings
+    settings = dict(steps=steps + 2, batch=batch, conditions=timed, lr=1e-6, precision="fp32",
+                    one_pass=True) | settings
     fgm.distill(teacher, fgm.OneStepGenerator(net, 0.97), flow, shape, **settings)
-    return intervals(marks[::2])
+    return intervals(marks if settings["one_pass"] else marks[::2])
 
 
 def bare_passes(subject, precision="fp32"):
-    """A function that makes the passes of one step and nothing else: generator forward; flow forward and
-    backward; generator forward and backward; teacher and flow forward and gradient of the input."""
+    """A function that makes the passes of one step and nothing else: generator, teacher and flow forward;
+    teacher and flow back to their input; flow and generator backward."""
     teacher, flow, net, shape, batch, conditions = subject
     device = next(net.parameters()).device
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x, gradient = torch.randn(batch, *shape, device=device), torch.randn(batch, *shape, device=device)
     t, cond = torch.rand(batch, device=device), conditions(torch.arange(batch))
 
     def passes():
+        leaf = x.clone().requires_grad_()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            with torch.no_grad():
-                net(x, t, **cond)
-            flow(x, t, **cond).backward(gradient.to(dtype))
-            with fgm.frozen(teacher, flow):
-                leaf = x.clone().requires_grad_()
-                outputs = net(x, t, **cond), teacher(leaf, t, **cond), flow(leaf, t, **cond)
-                torch.autograd.backward(outputs, [gradient.to(v.dtype) for v in outputs])
+            x0 = net(x, t, **cond)
+            with fgm.frozen(teacher):
+                u, v = teacher(leaf, t, **cond), flow(leaf, t, **cond)
+        torch.autograd.grad([u, v], leaf, [gradient.to(u.dtype), gradient.to(v.dtype)], retain_graph=True)
+        torch.autograd.backward([v, x0], [gradient.to(v.dtype), gradient.to(x0.dtype)])
         flow.zero_grad()
         net.zero_grad()
 
@@ -229,6 +228,9 @@ def step_rows(device, args):
             peak = next((value for key, value in PEAK.items() if key in torch.cuda.get_device_name()), None)
             found |= {"tflops": rate / 1e12, "share_of_bf16_peak": rate / peak if peak else None}
         yield f"step / bare passes: {name}, {precision}" + ", compiled" * compile, found
+        if not compile:
+            twice = partial(step_times, subject, number, precision=precision, one_pass=False)
+            yield f"two passes / one pass: {name}, {precision}", ratio(twice, step, args.repeats)
 
 
 def memory_rows(device, args):
