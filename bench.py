@@ -29,8 +29,9 @@ import cifar
 import fgm
 import tiny_sd3
 import toy2d
-from parts import edm, images, memory, mmdit
+from parts import edm, images, mmdit
 from parts.flags import COUNT, Parser, Setting, add_flags
+from parts.memory import free_bytes, largest_micro_batch, needs
 from parts.pipeline import quiet
 from parts.run import FolderRun, command, open_folder, setup, write_json
 
@@ -60,9 +61,8 @@ def digits(device, batch=128):
 
 def cifar10(device):
     subject = unet(device, 256 if device.type == "cuda" else 8, 32, 3)
-    need = memory.needs(subject.net, subject.shape, 10, bf16=False)
-    fitting = memory.largest_micro_batch(subject.batch, memory.free_bytes(device), need, bf16=False)
-    return subject._replace(batch=fitting)
+    need = needs(subject.net, subject.shape, 10, bf16=False)
+    return subject._replace(batch=largest_micro_batch(subject.batch, free_bytes(device), need, bf16=False))
 
 
 def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, config=tiny_sd3.TRANSFORMER):
@@ -289,11 +289,10 @@ def images_per_s(processes, device):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    flags = "--data digits --cond --teacher-kimg 0.128 --kimg 2.56 --log-every 5 --samples 20".split()
+    flags = "--data digits --cond --teacher-kimg .128 --kimg 2.56 --log-every 5 --samples 20 --device".split()
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
     with tempfile.TemporaryDirectory() as out:
-        parts = [*launcher, Path(__file__).with_name("cifar.py"), *flags, "--out", out]
-        parts += ["--device", device.type]
+        parts = [*launcher, Path(__file__).with_name("cifar.py"), *flags, device.type, "--out", out]
         subprocess.run(parts, env=env, check=True, capture_output=True, text=True)
         log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [record["images_per_s"] for record in log if record["phase"] == "distill"][1:]
@@ -341,8 +340,7 @@ def main():
         open_folder(Path(args.json).parent)  # raises now, not when all is measured
     keep_memory()
     quiet()
-    gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {args.repeats} repeats")
     print(f"{'':72}{'median':>9}{'range':>18}{'seconds':>22}")
     for part in args.only:

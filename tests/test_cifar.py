@@ -11,7 +11,6 @@ import sys
 import time
 import types
 from collections import OrderedDict
-from functools import partial
 
 import numpy as np
 import pytest
@@ -132,23 +131,6 @@ def test_norms_stay_in_bfloat16_under_the_rules_of_cuda():
 # Memory
 
 
-def one_pass(subject, bf16):
-    """A step that makes the passes of both updates at once: three graphs live together."""
-    teacher, flow, net, shape, batch, conditions = subject
-    z, noise, cond = torch.randn(batch, *shape), torch.randn(batch, *shape), conditions(torch.arange(batch))
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        x0 = fgm.OneStepGenerator(net, 0.97)(z, **cond)
-        leaf, t = x0.detach().requires_grad_(), torch.rand(batch)
-        xt = fgm.interpolate(leaf, noise, t)
-        with fgm.frozen(teacher):
-            u = teacher(xt, t, **cond).float()
-        v = flow(xt, t, **cond).float()
-    error = v - (noise - leaf)
-    gradient, = torch.autograd.grad(fgm.dot(u - v, error).sum(), leaf, retain_graph=True)
-    fgm.dot(error, error).sum().backward(inputs=list(flow.parameters()))
-    x0.backward(gradient)
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_memory_estimate_against_the_allocator(bf16):
     cpu = torch.device("cpu")
@@ -167,7 +149,7 @@ def test_memory_estimate_against_the_allocator(bf16):
 
     phases = {  # the passes, and what lies there already: networks, moments, averages, gradients
         "scoring": (draw, 3 + 1),
-        "a distillation step": (partial(one_pass, subject, bf16), 3 + 2 + 1 + 2),
+        "a distillation step": (bench.bare_passes(subject, "bf16" if bf16 else "fp32"), 3 + 2 + 1 + 2),
         "a teacher step": (teach, 3 + 2 + 1 + 1),
     }
     for phase, (passes, held) in phases.items():
