@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -280,8 +281,7 @@ def scaling_rows(device, args):
         ratios = [a / b for a, b in zip(images_per_s(1, device), images_per_s(2, device), strict=True)]
         yield "seconds an image, 2 processes / 1, same batch and cores: digits", spread(ratios)
     except subprocess.CalledProcessError as error:  # fewer than two GPUs, say
-        reason = [line for line in error.stderr.splitlines() if line.startswith("cifar.py: ")]
-        print(f"no row for two processes: {reason[0] if reason else error}")
+        print("no row for two processes:", *re.findall("cifar.py: .*", error.stderr)[:1])
 
 
 def images_per_s(processes, device):
@@ -340,7 +340,8 @@ def main():
         open_folder(Path(args.json).parent)  # raises now, not when all is measured
     keep_memory()
     quiet()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else threads
     print(f"{name}, torch {torch.__version__}, {args.repeats} repeats")
     print(f"{'':72}{'median':>9}{'range':>18}{'seconds':>22}")
     for part in args.only:
