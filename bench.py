@@ -11,7 +11,6 @@ import ctypes
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -281,7 +280,7 @@ def scaling_rows(device, args):
         ratios = [a / b for a, b in zip(images_per_s(1, device), images_per_s(2, device), strict=True)]
         yield "seconds an image, 2 processes / 1, same batch and cores: digits", spread(ratios)
     except subprocess.CalledProcessError as error:  # fewer than two GPUs, say
-        print("no row for two processes:", *re.findall("cifar.py: .*", error.stderr)[:1])
+        print("no row for two processes:", error.stderr.partition("cifar.py: ")[2].partition("\n")[0])
 
 
 def images_per_s(processes, device):
