@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -428,17 +429,26 @@ def is_caption_file(path, folder):
     return True
 
 
+def mark_of(path):
+    """[name, length, checksum of the last kilobyte] of an image file: all of 500,000 would take too long, and
+    another image that ends in the same compressed bytes will not have the same length."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 1024))
+        return [path.name, length, zlib.crc32(file.read())]
+
+
 def encode_images(folder, paths, size, shape, cache, device, dtype):
     """Latents of image files of size (H, W) by the pipeline's VAE, scaled as SD3 scales them: Rows of
     {"latents": shape}.
 
-    They are kept in files of 128 in the folder cache, named after the content of the VAE and the names and
-    lengths of the images (reading 500,000 would take as long as encoding some): what exists is not made
-    again, and an image that was mended is. The images are read one by one. A collective call."""
+    They are kept in files of 128 in the folder cache, named after what they are made of: what exists is not
+    made again, what belongs to an image that was mended is. The images are read one by one. A collective
+    call. Raises InputError, naming the file, for an image that cannot be read."""
     cache, vae_key = open_folder(cache), contents(folder, "vae/*")
     files = {}
     for i, part in enumerate(files_of(paths)):
-        key = json.dumps([vae_key, str(dtype), [(path.name, path.stat().st_size) for path in part]])
+        key = json.dumps([vae_key, str(dtype), [mark_of(path) for path in part]])
         files[f"latents-{i:06d}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"] = part
 
     def encode(vae, part):
