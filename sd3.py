@@ -18,7 +18,6 @@ Prompts are encoded once (parts/prompts.py), the networks are made in one of two
 """
 
 import argparse
-import functools
 import itertools
 import math
 import time
@@ -189,7 +188,8 @@ def print_memory(args, folder, config, bf16, shape):
     text_tokens = longest.get("model_max_length", 77) + 256  # CLIP's and T5's
     step = memory_estimate(config, args.lora, args.checkpointing, bf16,
                            args.micro_batch or args.batch // processes, *shape[1:], text_tokens,
-                           args.guidance, processes, args.ema is not None)
+                           args.guidance, processes, args.ema is not None, args.one_pass,
+                           args.one_pass and list(args.t_flow) == list(args.t_generator))
     phases = {"a step": sum(step.values())}
     phases |= pipeline.memory_around(folder, bf16, (args.height, args.width), step["weights, Adam, EMA"])
     peak = max(phases, key=phases.get)
@@ -213,17 +213,6 @@ def make_gan(args, folder, paths, captions, config, shape, device, dtype, out):
     gan = GAN(width, grid, latents, embeddings, args.t_flow, *weights).to(device)
     run.shard(gan.head)
     return gan
-
-
-def look_at(folder_run, gan, *step):
-    """What a run with the GAN measures where a log line is due: its gradient at x0 over L2's as well."""
-    run.FolderRun.look_at(folder_run, *step)
-    if folder_run.logging:
-        _, flow, x0, _, _, autocast, _, cond = step
-        seeds = torch.arange(len(x0)) + len(x0) * folder_run.step
-        with autocast:
-            norm = gan.gradient_at_x0(flow, x0, seeds, cond)
-        folder_run.extras["gan_over_l2_at_x0"] = norm / folder_run.extras["l2_gradient_at_x0"]
 
 
 def score(args, folder, prompts, device, dtype, out):
@@ -321,8 +310,6 @@ def main():
 
     folder_run = run.folder_run(args, out)
     folder_run.picture = picture
-    if gan:
-        folder_run.look_at = functools.partial(look_at, folder_run, gan)
     folder_run.fingerprint = {
         "model": str(args.model), "lora": args.lora, "prompts": len(prompts), "guidance": args.guidance,
         "height": args.height, "width": args.width, "real": args.real,

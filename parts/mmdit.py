@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fgm
-from parts.prompts import load_component, to_device
+from parts.prompts import load_component
 from parts.run import noise_from, shard
 
 # ------------------------------------------------------------------------------------------------------------
@@ -195,11 +195,12 @@ def networks(folder, lora_rank, checkpointing, bf16, device, keep_features=False
 
 
 def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height, width, text_tokens, guidance,
-                    processes, ema):
+                    processes, ema, one_pass=True, shared=True):
     """Bytes a process needs at the peak of a step, by arithmetic: {what: bytes}.
 
-    height, width: of the latents. The peak is the start of the generator's backward pass, when the graphs of
-    generator, flow and teacher live together (beside the gradients, where they are accumulated). What a
+    height, width: of the latents. one_pass: as fgm.distill's, whose gradients of flow and generator live
+    together; shared: it shares the flow's pass as well. The peak is the start of the backward pass of the FGM
+    losses, when the graphs of generator, flow and teacher live together, beside accumulated gradients. What a
     transformer block keeps for its backward pass, in numbers of its width d per token: normed inputs, q k v,
     attention, 4 d twice in the feed-forward part, ...: 21 with weights in training, 17 with adapters, 10
     frozen, when neither the inputs of linear layers nor what multiplies the modulation are needed; autocast's
@@ -224,11 +225,12 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
     in_training, frozen = (17 if lora_rank else 21) + bf16 * (2 if lora_rank else 4), 10 + bf16 * 2
     teachers = 2 if guidance != 1 else 1  # samples that the teacher sees for one of ours
     at_work = max(in_training + 8, teachers * (frozen + 8)) if checkpointing else teachers * 8
-    between = 2 + teachers if checkpointing else in_training + (1 + teachers) * frozen
+    flow = in_training if shared else frozen
+    between = 2 + teachers if checkpointing else in_training + flow + teachers * frozen
     blocks = config["num_layers"] * tokens - text_tokens // 2  # the last block only reads the text
     return {
         "weights, Adam, EMA": state / processes,
-        "gradients": trained * 4 / processes,
+        "gradients": trained * (8 if one_pass else 4) / processes,
         "bf16 copies of weights": copies,
         "unsharded blocks": unsharded,
         "activations": (blocks * between + tokens * at_work) * d * number * micro_batch,
@@ -274,7 +276,7 @@ class GAN(nn.Module):
 
     def features(self, flow, x0, t, seeds, cond):
         """Hidden states of x0, noised to t with noise that seeds choose."""
-        noise = to_device(noise_from(seeds ^ FOR_NOISE, x0.shape[1:], "cpu"), x0.device)
+        noise = noise_from(seeds ^ FOR_NOISE, x0.shape[1:], x0.device)
         return flow.features_of(fgm.interpolate(x0, noise, t), t, **cond)
 
     def flow_loss(self, flow, x0, seeds, cond):
@@ -285,14 +287,7 @@ class GAN(nn.Module):
         return x0[0].numel() * self.weights[1] * loss
 
     def generator_loss(self, flow, x0, seeds, cond):
-        normal = to_device(noise_from(seeds ^ FOR_T, (1,), "cpu")[:, 0], x0.device)  # [B, 1] -> [B]
+        normal = noise_from(seeds ^ FOR_T, (1,), x0.device)[:, 0]  # [B, 1] -> [B]
         t = torch.sigmoid(self.t_gan[0] + self.t_gan[1] * normal)
         loss = F.softplus(-self.logit(self.features(flow, x0, t, seeds, cond)))
         return x0[0].numel() * self.weights[0] * loss
-
-    def gradient_at_x0(self, flow, x0, seeds, cond):
-        """Root mean square over samples of the norm of the generator's GAN term's gradient at x0 [B, ...]."""
-        x0 = x0.detach().requires_grad_()
-        with fgm.frozen(flow, self):
-            loss = self.generator_loss(flow, x0, seeds, cond)
-            return torch.autograd.grad(loss.sum(), x0)[0].norm() / len(x0) ** 0.5

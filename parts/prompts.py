@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import fgm
 from fgm import InputError
-from parts.run import first_process, open_folder, read_json, save_tensors, write_json
+from parts.run import first_process, moved, open_folder, read_json, save_tensors, write_json
 
 # ------------------------------------------------------------------------------------------------------------
 # Prompts
@@ -145,13 +145,6 @@ def opened(path):
         raise InputError(f"{path} is damaged ({error}); remove it, it is made again") from error
 
 
-def to_device(tensor, device):
-    """A copy of a CPU tensor on the device that a GPU's queue does not wait for."""
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 class Rows:
     """The rows in files of 128, memory-mapped. Called with indices [B], gives {name: [B, *shapes[name]]} on
     the device.
@@ -177,7 +170,7 @@ class Rows:
         rows = [(self.slices[i // ROWS_PER_FILE], i % ROWS_PER_FILE) for i in indices.tolist()]
         names = self.slices[0]
         columns = {name: torch.cat([file[name][i : i + 1] for file, i in rows]) for name in names}
-        return {name: to_device(value, self.device) for name, value in columns.items()}
+        return {name: moved(value, self.device) for name, value in columns.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -143,10 +143,17 @@ def shard(net, blocks=(), bf16=False):
     return net
 
 
+def moved(tensor, device):
+    """A CPU's tensor on a device; to a GPU without waiting for what that has yet to do."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def noise_from(seeds, shape, device):
     """Standard normal noise [B, *shape] for int64 seeds [B] >= 0; a row depends on its own seed alone."""
     rows = [np.random.default_rng(int(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds]
-    return torch.from_numpy(np.stack(rows)).to(device)  # B x [*shape] -> [B, *shape]
+    return moved(torch.from_numpy(np.stack(rows)), device)  # B x [*shape] -> [B, *shape]
 
 
 # ------------------------------------------------------------------------------------------------------------

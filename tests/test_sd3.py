@@ -224,9 +224,10 @@ def test_a_step_makes_no_needless_pass(model, embeddings):
         velocity.register_forward_pre_hook(record)
     guided, generator = fgm.Guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8)
     conditions = lambda seeds: embeddings(seeds % 240)  # noqa: E731
-    fgm.distill(guided, generator, flow, (16, 4, 4), steps=2, batch=2, conditions=conditions)
-    expected = [("flow", 2), ("flow", 2), ("generator", 2), ("generator", 2), ("teacher", 4)]
-    assert sorted(passes[:5]) == sorted(passes[5:10]) == expected
+    settings = dict(steps=2, batch=2, conditions=conditions, t_flow=(-1.0, 2.0))
+    fgm.distill(guided, generator, flow, (16, 4, 4), **settings)
+    expected = [("flow", 2), ("flow", 2), ("generator", 2), ("teacher", 4)]
+    assert sorted(passes[:4]) == sorted(passes[4:]) == expected
 
 
 # The GAN
@@ -271,8 +272,6 @@ def test_gan_losses_against_plain_mathematics(model, embeddings, tmp_path):
     torch.testing.assert_close(found, expected)
     ours, theirs = (torch.autograd.grad(loss.sum(), x0)[0] for loss in (found, expected))
     assert ours.norm() > 0 and relative(ours, theirs) < 1e-5
-    norm = gan.gradient_at_x0(flow, x0, seeds, cond)
-    torch.testing.assert_close(norm, theirs.norm() / 2**0.5)  # root mean square of two samples
 
 
 class Still(torch.nn.Module):
@@ -294,13 +293,14 @@ def test_ratio_of_the_gans_gradient_to_that_of_l2_by_hand(tmp_path, side):
     torch.nn.init.constant_(gan.head.weight, 1e-3)  # norm 4e-3
     torch.nn.init.zeros_(gan.head.bias)
     folder_run = FolderRun(tmp_path)
-    folder_run.logging, folder_run.extras, folder_run.step = True, {}, 3
+    folder_run.logging, folder_run.extras = True, {}
     x0, noise = torch.randn(2, 2, 16, side, side)
-    t = torch.tensor([0.2, 0.9])
-    still, autocast = Still(), torch.autocast("cpu", enabled=False)
-    sd3.look_at(folder_run, gan, lambda x, t: 0 * x + 0.5, still, x0, noise, t, autocast, None, {})
-    assert folder_run.extras["l2_gradient_at_x0"] == pytest.approx(2 * 0.5 * 4 * side, rel=1e-5)
-    assert folder_run.extras["gan_over_l2_at_x0"] == pytest.approx(0.04 * 4e-3 / (8 * 0.5), rel=2e-3)
+    x0, flow, t = x0.requires_grad_(), Still(), torch.tensor([0.2, 0.9])
+    _, l2 = fgm.fgm_losses(lambda x, t: 0 * x + 0.5, flow, x0, noise, t)
+    folder_run.look_at(x0, l2=l2, extra=gan.generator_loss(flow, x0, torch.tensor([1, 2]), {}))
+    l2_norm, gan_norm = (folder_run.extras[f"{name}_gradient_at_x0"] for name in ("l2", "extra"))
+    assert l2_norm == pytest.approx(2 * 0.5 * 4 * side, rel=1e-5)
+    assert gan_norm / l2_norm == pytest.approx(0.04 * 4e-3 / (8 * 0.5), rel=2e-3)
 
 
 # Compilation
@@ -538,13 +538,15 @@ def test_memory_estimate_counts_the_state():
         pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192,
     )
 
-    def state(lora_rank, processes, ema):
-        estimate = memory_estimate(medium, lora_rank, True, True, 1, 128, 128, 333, 4.0, processes, ema)
+    def state(lora_rank, processes, ema, one_pass=False):
+        recipe = medium, lora_rank, True, True
+        estimate = memory_estimate(*recipe, 1, 128, 128, 333, 4.0, processes, ema, one_pass, False)
         return estimate["weights, Adam, EMA"] + estimate["gradients"]
 
     weights = 2_028_328_000  # as published: 2.03 billion
     assert state(None, 1, True) == pytest.approx(weights * (2 + 2 * 8 + 4 + 4), rel=0.001)
     assert state(None, 1, True) < 53e9
+    assert state(None, 1, True, one_pass=True) == pytest.approx(state(None, 1, True) + 4 * weights, rel=0.001)
     assert state(None, 2, True) == state(None, 1, True) / 2
     # Eight square layers, two feed-forward parts of two layers with 1 and 4 times the width.
     block = 64 * 1536 * (2 * 4 * 2 + 2 * 2 * 5)
