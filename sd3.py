@@ -184,8 +184,8 @@ def latent_shape(args, folder, config):
 
 def print_memory(args, folder, config, bf16, shape):
     """The memory that a process needs, by phase, and in a step by what it is for."""
-    processes, longest = fgm.world_size(), run.read_json(folder / "tokenizer" / "tokenizer_config.json")
-    text_tokens = longest.get("model_max_length", 77) + 256  # CLIP's and T5's
+    processes, tokenizer = fgm.world_size(), run.read_json(folder / "tokenizer" / "tokenizer_config.json")
+    text_tokens = tokenizer["model_max_length"] + 256  # CLIP's and T5's
     step = memory_estimate(config, args.lora, args.checkpointing, bf16,
                            args.micro_batch or args.batch // processes, *shape[1:], text_tokens,
                            args.guidance, processes, args.ema is not None, args.one_pass,

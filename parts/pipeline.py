@@ -45,6 +45,7 @@ OPTIONAL = ("text_encoder_3", "tokenizer_3")  # T5
 KEYS = {
     "transformer": {"in_channels": int, "num_layers": int, "num_attention_heads": int,
                     "attention_head_dim": int, "patch_size": int, "pos_embed_max_size": int},
+    "tokenizer": {"model_max_length": int},
     "vae": {"block_out_channels": list, "shift_factor": float, "scaling_factor": float}}
 
 

@@ -1,5 +1,6 @@
 """SD3 in miniature: gradients of both memory recipes, export to diffusers, caches, the whole command."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -307,10 +308,9 @@ def test_ratio_of_the_gans_gradient_to_that_of_l2_by_hand(tmp_path, side):
 
 
 def test_every_matrix_product_is_in_a_compiled_graph():
-    """A loss of an adapter, and the teacher's, with guidance, checkpointing, LoRA; recomputation included."""
-    torch.manual_seed(0)
-    config = TRANSFORMER | {"num_layers": 2}
-    guided, flow, _, shape, _, conditions = bench.miniature(CPU, 2, 4, False, True, config)
+    """With checkpointing and LoRA, where recomputation once left the blocks uncompiled."""
+    config = TRANSFORMER | {"num_layers": 1}
+    _, flow, _, shape, _, conditions = bench.miniature(CPU, 2, 4, False, True, config)
 
     def backend(graph, inputs):
         def inside(*values):
@@ -319,15 +319,11 @@ def test_every_matrix_product_is_in_a_compiled_graph():
 
         return inside
 
-    for net in (guided.net, flow):
-        net.compile(backend=backend)
-    x0, noise, t = torch.randn(2, *shape), torch.randn(2, *shape), torch.tensor([0.3, 0.6])
-    cond = conditions(torch.arange(2))
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        fgm.reflow_loss(flow, x0, noise, t, **cond).sum().backward()
-        with fgm.frozen(flow):
-            l1, l2 = fgm.fgm_losses(guided, flow, x0.requires_grad_(), noise, t, **cond)
-            (l1 + l2).sum().backward()
+    flow.compile(backend=backend)
+    x0, noise, t, cond = torch.randn(2, *shape), torch.randn(2, *shape), torch.rand(2), conditions([0, 1])
+    for profiled in (contextlib.nullcontext(), profile(activities=[ProfilerActivity.CPU])):  # traced, run
+        with profiled:
+            fgm.reflow_loss(flow, x0, noise, t, **cond).sum().backward()
     products = "aten::linear", "aten::conv2d", "aten::scaled_dot_product_attention"
     inside = []
     for event in profiled.events():
@@ -335,7 +331,7 @@ def test_every_matrix_product_is_in_a_compiled_graph():
             while event and event.name != "compiled":
                 event = event.cpu_parent
             inside.append(event is not None)
-    assert len(inside) > 300 and sum(inside) >= 0.95 * len(inside)
+    assert len(inside) > 50 and sum(inside) >= 0.95 * len(inside)
 
 
 # Export
@@ -544,10 +540,9 @@ def test_memory_estimate_counts_the_state():
         return estimate["weights, Adam, EMA"] + estimate["gradients"]
 
     weights = 2_028_328_000  # as published: 2.03 billion
-    assert state(None, 1, True) == pytest.approx(weights * (2 + 2 * 8 + 4 + 4), rel=0.001)
-    assert state(None, 1, True) < 53e9
-    assert state(None, 1, True, one_pass=True) == pytest.approx(state(None, 1, True) + 4 * weights, rel=0.001)
-    assert state(None, 2, True) == state(None, 1, True) / 2
+    alone = state(None, 1, True)
+    assert alone == pytest.approx(weights * (2 + 2 * 8 + 4 + 4), rel=0.001) and alone < 53e9
+    assert state(None, 2, True, one_pass=True) == pytest.approx((alone + 4 * weights) / 2, rel=0.001)
     # Eight square layers, two feed-forward parts of two layers with 1 and 4 times the width.
     block = 64 * 1536 * (2 * 4 * 2 + 2 * 2 * 5)
     missing = 64 * 1536 * (2 + 2 * 5)  # the last block's text stream ends with its attention
