@@ -173,7 +173,7 @@ def main():
         made = len(list(folder.iterdir()))
         assert made == len(latents.slices) == -(-5 // prompts.ROWS_PER_FILE), made
     assert torch.equal(*found)
-    gan = GAN(32, (4, 4), latents, embeddings, (-1.0, 2.0), 0.5, 2.5)
+    gan = GAN(32, (4, 4), latents, embeddings, (-1.0, 2.0), 2e-3, 1e-2)
     run.shard(gan.head)
     nets = {"flow": flow, "net": net, "gan": gan}
     before = parameters(nets)
