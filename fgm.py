@@ -529,12 +529,16 @@ class Learner:
     """A module's trainable parameters with Adam and, given an ema_decay, their moving average (EMA)."""
 
     def __init__(self, module, lr, betas, eps, clip=None, ema_decay=None):
-        self.module, self.lr, self.clip, self.ema_decay = module, lr, clip, ema_decay
+        self.module, self.lr, self.betas, self.clip, self.ema_decay = module, lr, betas, clip, ema_decay
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if {p.dtype for p in self.parameters.values()} not in ({torch.float32}, {torch.float64}):
             raise InputError("a network in training needs trainable parameters, all in float32: "
                              "bfloat16 weights would not move at these learning rates")
         self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, eps=eps, fused=True)
+        kinds = ("exp_avg", "exp_avg_sq") if betas[0] else ("exp_avg_sq",)  # Adam's moments, by torch's names
+        for p in self.parameters.values():
+            self.adam.state[p] = {"step": torch.zeros((), device=p.device)}
+            self.adam.state[p] |= {kind: torch.zeros_like(p) for kind in kinds}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if ema_decay else {}
         self.updates = 0
 
@@ -545,7 +549,13 @@ class Learner:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
+        if not self.betas[0]:  # the first moment is the gradient itself and needs no memory of its own
+            for p, state in self.adam.state.items():
+                state["exp_avg"] = p.grad
         self.adam.step()
+        if not self.betas[0]:
+            for state in self.adam.state.values():
+                del state["exp_avg"]
         self.adam.zero_grad()
         self.updates += 1
         if self.ema:

@@ -260,13 +260,9 @@ def state_tensors(learners):
         state |= {f"{name}.ema.{key}": value for key, value in learner.ema.items()}
         state |= {f"{name}.buffer.{key}": value for key, value in learner.module.named_buffers()}
         for key, p in learner.parameters.items():
-            moments = learner.adam.state[p]
-            if not moments:  # before the first update: what Adam would make then
-                device = p.device if learner.adam.defaults["fused"] else "cpu"
-                moments["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             state[f"{name}.parameter.{key}"] = p.detach()
-            state |= {f"{name}.{kind}.{key}": moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
+            moments = {kind: value for kind, value in learner.adam.state[p].items() if kind != "step"}
+            state |= {f"{name}.{kind}.{key}": value for kind, value in moments.items()}
     return state
 
 

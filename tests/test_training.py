@@ -83,6 +83,24 @@ def test_compiled_run_moves_the_weights_alike(tmp_path):
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_a_learner_is_adam_and_keeps_no_moment_that_is_never_used(beta1):
+    net = torch.nn.Linear(9, 7)
+    other = copy.deepcopy(net)
+    learner = fgm.Learner(net, 1e-2, (beta1, 0.999), 1e-8, clip=0.1)
+    adam = torch.optim.Adam(other.parameters(), lr=1e-2, betas=(beta1, 0.999), fused=True)
+    for _ in range(5):
+        x = torch.randn(8, 9)
+        net(x).square().mean().backward()
+        learner.update(1.0)
+        other(x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        adam.step()
+        adam.zero_grad()
+    assert torch.equal(weights(net), weights(other))
+    assert ("exp_avg" in learner.adam.state[net.weight]) == (beta1 > 0)
+
+
 def test_log_and_checkpoints_change_nothing(tmp_path):
     assert torch.equal(distilled(), distilled(run=run.FolderRun(tmp_path, save_every=3, log_every=2)))
 
@@ -197,7 +215,7 @@ def test_mutated_checkpoints_are_refused_or_harmless(tmp_path, monkeypatch):
     newest = tmp_path / "checkpoints/distill-000000004"
     original = contents(newest)
     files = sorted(newest.glob("*.safetensors"))
-    assert len(files) > 3 and all(path.stat().st_size < 8000 for path in files)
+    assert len(files) > 3 and all(path.stat().st_size < 12_000 for path in files)
     settings = json.loads((newest / "checkpoint.json").read_text())["settings"]
     choose, refused = random.Random(0), 0
     for _ in range(100):
@@ -429,8 +447,8 @@ def test_checkpoint_of_another_network_is_refused(finished, tmp_path):
 def test_other_settings_in_the_folder(finished):
     out, _ = finished
     before = contents(out)
-    done = drive("toy2d.py", *SMALL, "--out", out, "--lr", "0.001")
-    assert done.returncode == 2 and "lr 0.002 -> 0.001" in done.stderr and done.stderr.count("\n") == 1
+    done = drive("toy2d.py", *SMALL, "--out", out, "--lr", "0.003")
+    assert done.returncode == 2 and "lr 0.001 -> 0.003" in done.stderr and done.stderr.count("\n") == 1
     assert contents(out) == before
 
 
