@@ -129,24 +129,48 @@ GATHERED_WHOLE = 1e9  # bytes of weights; below, every process keeps them all
 
 
 def shard(net, blocks=(), bf16=False):
-    """Share a network between all processes (FSDP2); leave it alone if there is one process.
+    """Share a network between all processes; leave it alone if there is one. Copy networks before, not after.
 
-    A large one is sharded block by block, its weights gathered for every pass; of a smaller one each process
-    keeps a replica, and gradients alone are exchanged, all at once. Copy networks before, not after. bf16:
-    gather weights in bfloat16; gradients are reduced in float32, and inputs are not cast, so that t stays
-    float32."""
-    if world_size() > 1:
+    A large one is sharded block by block (FSDP2), its weights gathered for every pass. Of a smaller one each
+    process keeps a replica, and gradients are averaged after each backward pass. bf16: gather weights in
+    bfloat16; gradients are reduced in float32, and inputs are not cast, so that t stays float32."""
+    if world_size() > 1 and sum(p.numel() * p.element_size() for p in net.parameters()) < GATHERED_WHOLE:
+        average_gradients(net)
+    elif world_size() > 1:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mixed = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
         policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
-        large = sum(p.numel() * p.element_size() for p in net.parameters()) >= GATHERED_WHOLE
-        sizes, names = ((world_size(),), ("shard",)) if large else ((world_size(), 1), ("replicate", "shard"))
-        mesh = init_device_mesh(next(net.parameters()).device.type, sizes, mesh_dim_names=names)
-        for part in [*blocks, net] if large else [net]:
+        mesh = init_device_mesh(next(net.parameters()).device.type, (world_size(),))
+        for part in [*blocks, net]:
             fully_shard(part, mesh=mesh, mp_policy=policy)
     return net
+
+
+def average_gradients(net):
+    """At the end of every backward pass that reaches parameters of net, average their gradients over the
+    processes, in one message. What earlier passes have accumulated is the same everywhere, and stays so."""
+    reached = []
+
+    def reach(p):
+        if not reached:
+            torch.autograd.Variable._execution_engine.queue_callback(exchange)
+        reached.append(p)
+
+    @torch.no_grad()
+    def exchange():
+        gradients = [p.grad for p in reached]
+        reached.clear()
+        whole = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(whole)
+        parts = (whole / world_size()).split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    for p in net.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(reach)
 
 
 def moved(tensor, device):

@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensorMode
 import bench
 import cifar
 import fgm
-from parts import memory
+from parts import memory, run
 from parts.edm import Conv, EDMUNet, EDMVelocity, GroupNorm, load_edm, load_network
 from parts.images import draw_images, load_images, pixel_frechet
 
@@ -167,6 +167,17 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits():
     available = {math.inf: 48, (8 + 3 * 24) / 0.9: 24, (8 + 3 * 23.9) / 0.9: 16, 1: 1}
     found = [memory.largest_micro_batch(48, free, need, bf16=False) for free in available]
     assert found == [*available.values()]
+
+
+def test_memory_that_distillation_lacks_is_missed_before_the_teacher_trains(tmp_path, monkeypatch, capfd):
+    def distill(*arguments, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(fgm, "distill", distill)
+    monkeypatch.setattr(sys, "argv", ["cifar.py", *SMALL, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        run.command(cifar.main)
+    assert "cifar.py: out of memory" in capfd.readouterr().err and not (tmp_path / "checkpoints").exists()
 
 
 # Published teachers
