@@ -26,6 +26,7 @@ from fgm import InputError
 from parts import flags, images, run
 from parts.edm import Block, EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from parts.flags import Setting
+from parts.memory import check_sizes
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -109,13 +110,16 @@ def arguments():
     }
     for title, settings in groups.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
-    needs = {name: ["sample"] for name in SAMPLE_FLAGS if name != "sample"} | {"inception_weights": ["fid"]}
-    meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device"]
-    return parser.parse_with(defaults, needs, {"sample": meaningful})
+    always = {name: ["sample"] for name in SAMPLE_FLAGS if name != "sample"} | {"inception_weights": ["fid"]}
+    meaningful = [*SAMPLE_FLAGS, "out", "teacher", "seed", "device"]
+    return parser.parse_with(
+        defaults, lambda args: always | ({"teacher": ["ode_steps"]} if args.sample else {}),
+        lambda args: {"sample": meaningful + ["data", "cond"] * (not args.out and not args.generator)})
 
 
-def default_out(args):
-    return Path("runs") / (Path(args.data).name + ("-cond" if args.cond else ""))
+def out_folder(args):
+    beside = Path(args.generator).parent if args.generator else None
+    return Path(args.out or beside or Path("runs") / (Path(args.data).name + "-cond" * args.cond))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -125,12 +129,7 @@ def default_out(args):
 
 def draw_from_files(args, device):
     """--sample: images of a finished run, or of a network file alone."""
-    if args.out:
-        out = Path(args.out)
-    elif args.generator:
-        out = Path(args.generator).parent
-    else:
-        out = default_out(args)
+    out = out_folder(args)
     sampler, network = sampler_from_file(args, out, device)
     began = time.perf_counter()
     pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), network["label_dim"],
@@ -210,20 +209,22 @@ def main():
     device = run.setup(args.device)
     if args.sample:
         return draw_from_files(args, device)
-    fgm.micro_batches(args.batch, args.micro_batch)  # raises now, not after the teacher, if they do not fit
+    check_sizes(args, device)
 
     # Data, networks, folder.
     real = images.load_images(args.data, args.resolution, args.cond)
     label_dim = len(real.classes) if args.cond else 0
     net, network = initial_network(args, real, label_dim)
-    out = run.open_folder(args.out or default_out(args))
+    shape = image_shape(network)
+    kept = network["model_channels"] * math.prod(shape[1:]) * (network["num_blocks"] + 1)  # on level 1
+    check_sizes(args, device, math.prod(shape), kept, 13 * math.prod(shape))
+    out = run.open_folder(out_folder(args))
     judge, floor = prepare_scores(args, real, device)
     net = net.to(device)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
         run.shard(module, [block for block in module.modules() if isinstance(block, Block)])
     data, conditions = images.data_functions(real, label_dim, args.flip, device)
-    shape = image_shape(network)
     description = {"network": network, "data": args.data, "classes": real.classes}
     folder_run = run.folder_run(args, out)
     folder_run.fingerprint = {
@@ -308,9 +309,8 @@ def metric_name(args):
 
 def write_results(args, description, real, judge, floor, rows, seconds, out):
     """config.json and metrics.json."""
-    settings = vars(args) | {"out": str(out)}
     versions = {"torch": torch.__version__, "processes": fgm.world_size()}
-    run.write_json(out / "config.json", description | versions | {"settings": settings})
+    run.write_json(out / "config.json", description | versions | {"settings": vars(args) | {"out": str(out)}})
     key = "fid" if args.fid else "pixel_frechet"
     run.write_json(out / "metrics.json", {
         "metric": metric_name(args), "samples": args.samples,

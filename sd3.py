@@ -31,6 +31,7 @@ from parts import flags, pipeline, run
 from parts.captions import digit_of, judge
 from parts.flags import COUNT, Setting
 from parts.images import save_grid
+from parts.memory import check_memory, check_sizes
 from parts.mmdit import GAN, memory_estimate, networks
 from parts.prompts import Embeddings, encode_prompts, grammar, read_prompts
 
@@ -104,13 +105,14 @@ def arguments():
     for title, settings in groups.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     parser.set_defaults(**PAPER)
-    needs = {"n": ["sample"], "ode_steps": ["sample", "geneval"]}
-    needs |= {"gan_generator": ["real"], "gan_discriminator": ["real"]}
-    meaningful = ["sample", "n", "geneval", "ode_steps", "model", "guidance", "height", "width", "out"]
-    meaningful += ["seed", "device", "precision"]
+    always = {"n": ["sample"], "ode_steps": ["sample", "geneval"]}
+    always |= {"gan_generator": ["real"], "gan_discriminator": ["real"]}
+    of_teacher = dict.fromkeys(["model", "guidance", "height", "width"], ["ode_steps"])
+    meaningful = [*of_teacher, "ode_steps", "out", "seed", "device", "precision"]
     args = parser.parse_with(
         lambda given: TINY if is_miniature(given.model) and not given.paper else PAPER,
-        needs, {"sample": meaningful, "geneval": meaningful})
+        lambda args: always | (of_teacher if args.sample or args.geneval else {}),
+        lambda args: {"sample": [*meaningful, "n"], "geneval": meaningful})
     if args.height % 16 or args.width % 16:
         raise InputError(f"height and width must be divisible by 16, got {args.height} and {args.width}")
     if args.c_skip != 1 or args.c_out not in (None, args.t_star):
@@ -154,7 +156,7 @@ def settle(args, device):
         args.micro_batch = 4
     if args.checkpointing is None:
         args.checkpointing = device.type == "cuda"
-    fgm.micro_batches(args.batch, args.micro_batch)
+    check_sizes(args, device)
 
 
 def find_prompts(args, folder):
@@ -180,11 +182,15 @@ def latent_shape(args, folder, config):
     return config["in_channels"], height, width
 
 
-def print_memory(args, config, bf16, text_tokens, shape):
+def memory_needed(args, config, bf16, text_tokens, shape):
+    """Bytes per process, estimated: {what: bytes}."""
     processes = fgm.world_size()
-    parts = memory_estimate(config, args.lora, args.checkpointing, bf16,
-                            args.micro_batch or args.batch // processes, *shape[1:], text_tokens,
-                            args.guidance, processes, args.ema is not None)
+    return memory_estimate(config, args.lora, args.checkpointing, bf16,
+                           args.micro_batch or args.batch // processes, *shape[1:], text_tokens,
+                           args.guidance, processes, args.ema is not None)
+
+
+def print_memory(parts):
     total = sum(parts.values())
     listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
     print(f"memory per process, estimated: {total / 1e9:.2f} GB ({listed})")
@@ -273,6 +279,9 @@ def main():
     folder = pipeline.model_folder(args.model)
     config = run.read_json(folder / "transformer" / "config.json")
     shape = latent_shape(args, folder, config)
+    check_sizes(args, device, math.prod(shape), scored=2 * 3 * args.height * args.width)
+    half = sum(memory_needed(args, config, bf16, 0, shape).values()) / 2  # it is an estimate
+    check_memory(f"--lora {args.lora}" if args.lora else f"distilling {args.model}", half, device)
     prompts = find_prompts(args, folder)
     if is_miniature(folder):
         for prompt in prompts:
@@ -285,7 +294,7 @@ def main():
     embeddings = Embeddings(cache, len(prompts), device)
     if fgm.process_rank() == 0:
         text_tokens = embeddings.null["encoder_hidden_states"].shape[1]
-        print_memory(args, config, bf16, text_tokens, shape)
+        print_memory(memory_needed(args, config, bf16, text_tokens, shape))
 
     # The networks.
     teacher, flow, net = networks(folder, args.lora, args.checkpointing, bf16, device, bool(args.real))

@@ -20,6 +20,7 @@ import fgm
 from fgm import InputError
 from parts import flags
 from parts.flags import Setting
+from parts.memory import check_sizes
 from parts.run import atomically, command, fingerprint_of, folder_run, save_weights, setup, shard, write_json
 
 # ------------------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def main():
     torch.manual_seed(args.seed)
     net = VelocityMLP().to(device)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
-    fgm.micro_batches(args.batch, args.micro_batch)
+    check_sizes(args, device, values=2, kept=1024, scored=2048)
     run = folder_run(args, args.out or f"runs/{args.data}")
     run.fingerprint = {"data": args.data}
 
