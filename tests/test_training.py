@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -425,17 +424,6 @@ def test_other_settings_in_the_folder(finished):
     done = drive("toy2d.py", *SMALL, "--out", out, "--lr", "0.001")
     assert done.returncode == 2 and "lr 0.002 -> 0.001" in done.stderr and done.stderr.count("\n") == 1
     assert contents(out) == before
-
-
-def test_full_disk_keeps_the_checkpoint_before(finished, tmp_path):
-    """A limit on the size of files stands for the disk: the checkpoint cannot be written."""
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    before = contents(tmp_path / "checkpoints")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
-    done = drive("toy2d.py", *SMALL, "--out", tmp_path, "--steps", 50, "--resume", preexec_fn=limit)
-    assert done.returncode == 2 and "cannot write the checkpoint" in done.stderr
-    assert "File too large" in done.stderr and "Traceback" not in done.stderr
-    assert contents(tmp_path / "checkpoints") == before
 
 
 # ------------------------------------------------------------------------------------------------------------
