@@ -328,7 +328,9 @@ def main():
     args = parser.parse_with(lambda given: {"only": list(PARTS), "repeats": 5})
     device, rows = setup(args.device), {}
     if args.json:
-        open_folder(Path(args.json).parent)  # raises now, not when all is measured
+        if Path(args.json).is_dir():  # raises now, not when all is measured
+            raise fgm.InputError(f"--json {args.json} is a folder; name a file")
+        open_folder(Path(args.json).parent)
     keep_memory()
     quiet()
     gpu = device.type == "cuda"

@@ -26,7 +26,7 @@ from fgm import InputError
 from parts import flags, images, run
 from parts.edm import Block, EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from parts.flags import Setting
-from parts.memory import check_sizes
+from parts.sizes import check_sizes
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -63,9 +63,9 @@ OUT_FLAGS = {
 }
 TEACHER_FLAGS = {
     "teacher": Setting(str, None, "a network file of ours, or a published EDM pickle, to distil"),
-    "model_channels": Setting(int, "[4, 1e9]", "width of the first level"),
-    "channel_mult": Setting(int, fgm.COUNT, "widths of the levels as multiples of that", "+"),
-    "num_blocks": Setting(int, fgm.COUNT, "residual blocks per level"),
+    "model_channels": Setting(int, "[4, 1e5]", "width of the first level"),
+    "channel_mult": Setting(int, "[1, 1000]", "widths of the levels as multiples of that", "+"),
+    "num_blocks": Setting(int, "[1, 1000]", "residual blocks per level"),
     "attention": Setting(int, fgm.COUNT, "resolutions with attention", "*"),
     "dropout": Setting(float, "[0, 1)", "when the teacher trains"),
     "teacher_kimg": Setting(float, fgm.POSITIVE, "thousand images to train the teacher on"),
@@ -111,10 +111,10 @@ def arguments():
     for title, settings in groups.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     always = {name: ["sample"] for name in SAMPLE_FLAGS if name != "sample"} | {"inception_weights": ["fid"]}
-    meaningful = [*SAMPLE_FLAGS, "out", "teacher", "seed", "device"]
+    meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device"]
     return parser.parse_with(
         defaults, lambda args: always | ({"teacher": ["ode_steps"]} if args.sample else {}),
-        lambda args: {"sample": meaningful + ["data", "cond"] * (not args.out and not args.generator)})
+        {"sample": meaningful, "generator": {*meaningful} - {"data", "cond", "ode_steps"}})
 
 
 def out_folder(args):

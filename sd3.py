@@ -31,9 +31,9 @@ from parts import flags, pipeline, run
 from parts.captions import digit_of, judge
 from parts.flags import COUNT, Setting
 from parts.images import save_grid
-from parts.memory import check_memory, check_sizes
 from parts.mmdit import GAN, memory_estimate, networks
 from parts.prompts import Embeddings, encode_prompts, grammar, read_prompts
+from parts.sizes import check_memory, check_sizes
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -79,7 +79,7 @@ GAN_FLAGS = {
 SCORE_FLAGS = {
     "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
     "sample": Setting(str, None, "draw images of PROMPT from the run in OUT", metavar="PROMPT"),
-    "n": Setting(int, COUNT, "number of images for --sample"),
+    "n": Setting(int, "[1, 1e6]", "number of images for --sample"),
     "ode_steps": Setting(int, COUNT, "draw from the teacher with K steps and guidance", metavar="K"),
     "geneval": Setting(str, None, "draw 4 images per prompt into OUT/geneval, laid out for GenEval's scorer",
                        metavar="METADATA.jsonl"),
@@ -112,7 +112,7 @@ def arguments():
     args = parser.parse_with(
         lambda given: TINY if is_miniature(given.model) and not given.paper else PAPER,
         lambda args: always | (of_teacher if args.sample or args.geneval else {}),
-        lambda args: {"sample": [*meaningful, "n"], "geneval": meaningful})
+        {"sample": [*meaningful, "n"], "geneval": meaningful})
     if args.height % 16 or args.width % 16:
         raise InputError(f"height and width must be divisible by 16, got {args.height} and {args.width}")
     if args.c_skip != 1 or args.c_out not in (None, args.t_star):

@@ -20,8 +20,8 @@ import fgm
 from fgm import InputError
 from parts import flags
 from parts.flags import Setting
-from parts.memory import check_sizes
 from parts.run import atomically, command, fingerprint_of, folder_run, save_weights, setup, shard, write_json
+from parts.sizes import check_sizes
 
 # ------------------------------------------------------------------------------------------------------------
 # Data, network, distance

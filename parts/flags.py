@@ -106,11 +106,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def parse_with(self, choose, needs=lambda args: {}, modes=lambda args: {}):
+    def parse_with(self, choose, needs=lambda args: {}, modes=()):
         """The command line, with the defaults choose(what was given) -> dict, which --help shows too.
 
-        needs(args): {flag: flags of which it needs one}; modes(args): {flag: the flags that mean something
-        beside it}. A flag that would have no effect is refused."""
+        needs(args): {flag: flags of which it needs one}; modes: {flag: the flags that mean something beside
+        it}. A flag that would have no effect is refused."""
         given = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
         self.set_defaults(seed=0, precision="auto")
         self.set_defaults(**choose(self.parse_known_args(given)[0]))
@@ -128,7 +128,7 @@ class Parser(argparse.ArgumentParser):
             others = needs(args).get(name, ())
             if others and not any(getattr(args, other) for other in others):
                 self.error(f"{flag(name)} means nothing without {' or '.join(map(flag, others))}")
-            for mode, meaningful in modes(args).items():
+            for mode, meaningful in dict(modes).items():
                 if getattr(args, mode) and name != mode and name not in meaningful:
                     self.error(f"{flag(name)} means nothing with {flag(mode)}")
         return args

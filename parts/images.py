@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
-from parts.memory import check_memory
 from parts.run import atomically, first_process, noise_from
+from parts.sizes import check_memory
 
 # ------------------------------------------------------------------------------------------------------------
 # Pixels and image files

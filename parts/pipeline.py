@@ -13,9 +13,9 @@ import torch.distributed as dist
 import fgm
 from fgm import InputError
 from parts.images import image_files, read_image, refuse_link_out, to_float, to_uint8
-from parts.memory import check_memory
 from parts.prompts import contents, load_component, load_pipeline, read_json_lines, read_lines, text_of
 from parts.run import atomically, first_process, noise_from, open_folder, read_json, save_tensors
+from parts.sizes import check_memory
 
 # ------------------------------------------------------------------------------------------------------------
 # The source pipeline

@@ -448,6 +448,9 @@ def test_other_settings_in_the_folder(finished):
         (["--micro-batch", "5"], "global batch 16"),
         (["--out", str(ROOT / "README.md")], "cannot write to the output folder"),
         (["--out", "/proc/runs"], "cannot write to the output folder"),
+        (["--out", "x" * 300], "File name too long"),
+        (["--batch", "1000000000"], "--batch 1000000000 would need 4,112.0 GB of memory or more, the cpu has"),
+        (["--batch", "1000000000", "--micro-batch", "1"], "--batch 1000000000 would need"),
     ],
 )
 def test_bad_command_lines(arguments, message, tmp_path, monkeypatch, capfd):
