@@ -45,7 +45,7 @@ PAPER = dict(
     save_every=250, log_every=10, picture_every=250, guidance=4.0, kimg=1920, batch=192, lr=5e-6,
     flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8,
     c_skip=1.0, l1_weight=0.0, weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0,
-    flow_updates=1, gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
+    flow_updates=1, one_pass=True, gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
 TINY = PAPER | dict(
     height=32, width=32, save_every=100, picture_every=100, kimg=4.8, batch=24, lr=2e-3, flow_lr=2e-3,
@@ -61,7 +61,7 @@ MODEL_FLAGS = {
 }
 OUT_FLAG = {"out": Setting(str, None, "output folder")}
 RECIPE_FLAGS = {
-    "paper": Setting(bool, None, "the paper's settings on any model"),
+    "paper": Setting(bool, None, "the paper's settings, not the miniature's, on a miniature too"),
     "checkpointing": Setting(argparse.BooleanOptionalAction, None,
                              "recompute activations in the backward pass (default: on a GPU)"),
 }
@@ -73,8 +73,8 @@ METHOD_FLAGS = {
 GAN_FLAGS = {
     "real": Setting(str, None, "real images, captions in metadata.jsonl or NAME.txt; turns the GAN on",
                     metavar="DIR"),
-    "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss"),
-    "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss"),
+    "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss, both per element"),
+    "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss, both per element"),
 }
 SCORE_FLAGS = {
     "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
@@ -94,7 +94,9 @@ def arguments():
     parser = flags.Parser(
         prog="sd3.py",
         description="Distil Stable Diffusion 3 into a one-step pipeline (FGM, arXiv 2410.19310).",
-        epilog="The defaults are SD3's; name a folder of tiny_sd3.py with --model to see the miniature's.")
+        epilog="The defaults are the paper's for SD3, but for what it does not give: --kimg, --ema, "
+               "t in the GAN (here --t-flow), intervals, samples. Name a folder of tiny_sd3.py with --model "
+               "to see the miniature's.")
     groups = {
         "model and prompts": MODEL_FLAGS,
         "run": OUT_FLAG | flags.RUN_FLAGS | flags.PICTURE_FLAG | RECIPE_FLAGS,
@@ -182,27 +184,33 @@ def latent_shape(args, folder, config):
     return config["in_channels"], height, width
 
 
-def memory_needed(args, config, bf16, text_tokens, shape):
-    """Bytes per process, estimated: {what: bytes}."""
-    processes = fgm.world_size()
-    return memory_estimate(config, args.lora, args.checkpointing, bf16,
+def print_memory(args, folder, config, bf16, shape, device):
+    """The memory that a process needs, by phase, and in a step by what it is for.
+
+    Raises InputError if half of it is more than the device has: it is an estimate."""
+    processes, tokenizer = fgm.world_size(), run.read_json(folder / "tokenizer" / "tokenizer_config.json")
+    text_tokens = tokenizer["model_max_length"] + 256  # CLIP's and T5's
+    step = memory_estimate(config, args.lora, args.checkpointing, bf16,
                            args.micro_batch or args.batch // processes, *shape[1:], text_tokens,
-                           args.guidance, processes, args.ema is not None)
-
-
-def print_memory(parts):
-    total = sum(parts.values())
-    listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
-    print(f"memory per process, estimated: {total / 1e9:.2f} GB ({listed})")
-    if torch.cuda.is_available() and total > (available := torch.cuda.mem_get_info()[1]):
+                           args.guidance, processes, args.ema is not None, args.one_pass,
+                           args.one_pass and list(args.t_flow) == list(args.t_generator))
+    phases = {"a step": sum(step.values())}
+    check_memory(f"a step with --lora {args.lora}", phases["a step"] / 2, device)
+    phases |= pipeline.memory_around(folder, bf16, (args.height, args.width), step["weights, Adam, EMA"])
+    peak = max(phases, key=phases.get)
+    for title, parts in ((f"{phases[peak] / 1e9:.2f} GB, in {peak}", phases), ("a step", step)):
+        listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
+        print(f"memory per process, estimated: {title} ({listed})")
+    if torch.cuda.is_available() and phases[peak] > (available := torch.cuda.mem_get_info()[1]):
         print(f"that is more than the {available / 1e9:.0f} GB of the device: "
               "try --lora 64, --micro-batch 1, --checkpointing, a smaller size, or more processes")
 
 
-def make_gan(args, folder, images, captions, config, shape, device, dtype, out):
-    """The GAN on uint8 images [N, 3, H, W] with their captions, encoded by the pipeline in folder."""
+def make_gan(args, folder, paths, captions, config, shape, device, dtype, out):
+    """The GAN on image files with their captions, both encoded by the pipeline in folder."""
     encode_prompts(folder, captions, out / "captions", device, dtype)
-    latents = pipeline.encode_images(folder, images, out / "latents.safetensors", device)
+    size = args.height, args.width
+    latents = pipeline.encode_images(folder, paths, size, shape, out / "latents", device, dtype)
     embeddings = Embeddings(out / "captions", len(captions), device)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     grid = (shape[1] // config["patch_size"], shape[2] // config["patch_size"])
@@ -280,28 +288,23 @@ def main():
     config = run.read_json(folder / "transformer" / "config.json")
     shape = latent_shape(args, folder, config)
     check_sizes(args, device, math.prod(shape), scored=2 * 3 * args.height * args.width)
-    half = sum(memory_needed(args, config, bf16, 0, shape).values()) / 2  # it is an estimate
-    check_memory(f"--lora {args.lora}" if args.lora else f"distilling {args.model}", half, device)
     prompts = find_prompts(args, folder)
     if is_miniature(folder):
         for prompt in prompts:
             digit_of(prompt)  # raises now, not at the scores, for one that names no digit
-    images, captions = pipeline.load_real(args.real, (args.height, args.width)) if args.real else (None, [])
+    paths, captions = pipeline.load_real(args.real, (args.height, args.width)) if args.real else ([], [])
     out = run.open_folder(args.out)
+    if fgm.process_rank() == 0:
+        print_memory(args, folder, config, bf16, shape, device)
     torch.manual_seed(args.seed)
     cache = Path(args.embeddings or out / "embeddings")
     encode_prompts(folder, prompts, cache, device, dtype)
     embeddings = Embeddings(cache, len(prompts), device)
-    if fgm.process_rank() == 0:
-        text_tokens = embeddings.null["encoder_hidden_states"].shape[1]
-        print_memory(memory_needed(args, config, bf16, text_tokens, shape))
+    gan = args.real and make_gan(args, folder, paths, captions, config, shape, device, dtype, out)
 
     # The networks.
     teacher, flow, net = networks(folder, args.lora, args.checkpointing, bf16, device, bool(args.real))
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in)
-    gan = None
-    if args.real:
-        gan = make_gan(args, folder, images, captions, config, shape, device, dtype, out)
 
     # Distillation, Algorithm 1.
     def picture(step, generator):

@@ -29,14 +29,14 @@ def check_memory(what, needed, device=CPU):
                          f"the {device.type} has {there / 1e9:,.1f} GB")
 
 
-def check_sizes(args, device, values=1, kept=0, scored=1):
+def check_sizes(args, device, values=1, kept=0, scored=None):
     """Raise InputError if --batch does not divide, or if it or --samples cannot fit into memory.
 
     A lower bound. values: numbers in a sample; kept: numbers that a network keeps of it for its backward
-    pass; scored: bytes for a sample that is scored."""
+    pass; scored: bytes for a sample that is scored (None: its values as uint8, float32 and float64)."""
     micro = args.micro_batch or max(1, args.batch // fgm.world_size())
     drawn = 2 * 4 * values * args.batch  # noise, twice
     slices = 64 * args.batch // (micro * fgm.world_size())  # Python's objects
     check_memory(f"--batch {args.batch}", drawn + 4 * kept * min(micro, args.batch) + slices, device)
-    check_memory(f"--samples {args.samples}", scored * args.samples)
+    check_memory(f"--samples {args.samples}", (scored or 13 * values) * args.samples)
     fgm.micro_batches(args.batch, args.micro_batch)
