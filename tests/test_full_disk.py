@@ -75,6 +75,7 @@ def assert_whole(out, whole):
 def test_disk_that_fills_up_at_any_write(tmp_path, monkeypatch, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     monkeypatch.setattr(toy2d, "seconds_to_draw", lambda draw, repeats: 1.0)
+    monkeypatch.setattr(toy2d, "ODE_STEPS", (1, 50))
     monkeypatch.setattr(sys, "argv", ["toy2d.py", *SMALL, "--out", str(whole)])
     assert DISK.run(toy2d.main, whole) == 0
     fresh = DISK.moments
@@ -99,12 +100,12 @@ def test_disk_that_fills_up_at_any_write(tmp_path, monkeypatch, capsys):
         assert_whole(out, whole)
 
     # Weights, metrics, config and picture are the last writes; checkpoints and log come before.
-    fill("bytes", range(1, fresh) if EVERY else (4, 8, 12))
-    fill("files", range(1, fresh) if EVERY else (2, 6, 13))
+    fill("bytes", range(1, fresh) if EVERY else (4, 12))
+    fill("files", range(1, fresh) if EVERY else (6, 13))
     assert (out / "checkpoints/teacher-000000001").exists()  # kept when the second could not be written
     go_on()
     if not EVERY:
-        fill("bytes", [resumed - i for i in (8, 5, 1)])
+        fill("bytes", [resumed - i for i in (8, 1)])
 
 
 @pytest.mark.parametrize("name", [".lock", "log.jsonl", "generator.safetensors", ".tmp-metrics.json"])
