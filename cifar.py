@@ -23,7 +23,7 @@ import torch
 
 import fgm
 from fgm import InputError
-from parts import flags, images, memory, run
+from parts import flags, images, memory, run, sizes
 from parts.edm import Block, EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from parts.flags import Setting
 
@@ -62,9 +62,9 @@ OUT_FLAGS = {
 }
 TEACHER_FLAGS = {
     "teacher": Setting(str, None, "a network file of ours, or a published EDM pickle, to distil"),
-    "model_channels": Setting(int, "[4, 1e9]", "width of the first level"),
-    "channel_mult": Setting(int, fgm.COUNT, "widths of the levels as multiples of that", "+"),
-    "num_blocks": Setting(int, fgm.COUNT, "residual blocks per level"),
+    "model_channels": Setting(int, "[4, 1e5]", "width of the first level"),
+    "channel_mult": Setting(int, "[1, 1000]", "widths of the levels as multiples of that", "+"),
+    "num_blocks": Setting(int, "[1, 1000]", "residual blocks per level"),
     "attention": Setting(int, fgm.COUNT, "resolutions with attention", "*"),
     "dropout": Setting(float, "[0, 1)", "when the teacher trains"),
     "teacher_kimg": Setting(float, fgm.POSITIVE, "thousand images to train the teacher on"),
@@ -110,13 +110,16 @@ def arguments():
     }
     for title, settings in groups.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
-    needs = {name: ["sample"] for name in SAMPLE_FLAGS if name != "sample"} | {"inception_weights": ["fid"]}
+    always = {name: ["sample"] for name in SAMPLE_FLAGS if name != "sample"} | {"inception_weights": ["fid"]}
     meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device"]
-    return parser.parse_with(defaults, needs, {"sample": meaningful})
+    return parser.parse_with(
+        defaults, lambda args: always | ({"teacher": ["ode_steps"]} if args.sample else {}),
+        {"sample": meaningful, "generator": {*meaningful} - {"data", "cond", "ode_steps"}})
 
 
-def default_out(args):
-    return Path("runs") / (Path(args.data).name + ("-cond" if args.cond else ""))
+def out_folder(args):
+    beside = Path(args.generator).parent if args.generator else None
+    return Path(args.out or beside or Path("runs") / (Path(args.data).name + "-cond" * args.cond))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,10 +129,7 @@ def default_out(args):
 
 def draw_from_files(args, device):
     """--sample: images of a finished run, or of a network file alone."""
-    if args.generator and not args.out:
-        out = Path(args.generator).parent
-    else:
-        out = Path(args.out or default_out(args))
+    out = out_folder(args)
     sampler, network = sampler_from_file(args, out, device)
     began = time.perf_counter()
     pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), network["label_dim"],
@@ -207,13 +207,14 @@ def main():
     device = run.setup(args.device)
     if args.sample:
         return draw_from_files(args, device)
-    fgm.micro_batches(args.batch, args.micro_batch)  # raises now, not after the teacher, if they do not fit
+    sizes.check_sizes(args, device)
 
     # Data, networks, folder.
     real = images.load_images(args.data, args.resolution, args.cond)
     label_dim = len(real.classes) if args.cond else 0
     net, network = initial_network(args, real, label_dim)
-    out = run.open_folder(args.out or default_out(args))
+    sizes.check_sizes(args, device, math.prod(image_shape(network)))
+    out = run.open_folder(out_folder(args))
     judge, floor = prepare_scores(args, real, device)
     net, shape = net.to(device), image_shape(network)
     memory.settle_micro_batch(args, net, shape, label_dim)
@@ -308,9 +309,8 @@ def metric_name(args):
 
 def write_results(args, description, real, judge, floor, rows, seconds, out):
     """config.json and metrics.json."""
-    settings = vars(args) | {"out": str(out)}
     versions = {"torch": torch.__version__, "processes": fgm.world_size()}
-    run.write_json(out / "config.json", description | versions | {"settings": settings})
+    run.write_json(out / "config.json", description | versions | {"settings": vars(args) | {"out": str(out)}})
     key = "fid" if args.fid else "pixel_frechet"
     run.write_json(out / "metrics.json", {
         "metric": metric_name(args), "samples": args.samples,

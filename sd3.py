@@ -33,6 +33,7 @@ from parts.flags import COUNT, Setting
 from parts.images import save_grid
 from parts.mmdit import GAN, memory_estimate, networks
 from parts.prompts import Embeddings, encode_prompts, grammar, read_prompts
+from parts.sizes import check_memory, check_sizes
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -78,7 +79,7 @@ GAN_FLAGS = {
 SCORE_FLAGS = {
     "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
     "sample": Setting(str, None, "draw images of PROMPT from the run in OUT", metavar="PROMPT"),
-    "n": Setting(int, COUNT, "number of images for --sample"),
+    "n": Setting(int, "[1, 1e6]", "number of images for --sample"),
     "ode_steps": Setting(int, COUNT, "draw from the teacher with K steps and guidance", metavar="K"),
     "geneval": Setting(str, None, "draw 4 images per prompt into OUT/geneval, laid out for GenEval's scorer",
                        metavar="METADATA.jsonl"),
@@ -106,13 +107,14 @@ def arguments():
     for title, settings in groups.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     parser.set_defaults(**PAPER)
-    needs = {"n": ["sample"], "ode_steps": ["sample", "geneval"]}
-    needs |= {"gan_generator": ["real"], "gan_discriminator": ["real"]}
-    meaningful = ["sample", "n", "geneval", "ode_steps", "model", "guidance", "height", "width", "out"]
-    meaningful += ["seed", "device", "precision"]
+    always = {"n": ["sample"], "ode_steps": ["sample", "geneval"]}
+    always |= {"gan_generator": ["real"], "gan_discriminator": ["real"]}
+    of_teacher = dict.fromkeys(["model", "guidance", "height", "width"], ["ode_steps"])
+    meaningful = [*of_teacher, "ode_steps", "out", "seed", "device", "precision"]
     args = parser.parse_with(
         lambda given: TINY if is_miniature(given.model) and not given.paper else PAPER,
-        needs, {"sample": meaningful, "geneval": meaningful})
+        lambda args: always | (of_teacher if args.sample or args.geneval else {}),
+        {"sample": [*meaningful, "n"], "geneval": meaningful})
     if args.height % 16 or args.width % 16:
         raise InputError(f"height and width must be divisible by 16, got {args.height} and {args.width}")
     if args.c_skip != 1 or args.c_out not in (None, args.t_star):
@@ -156,7 +158,7 @@ def settle(args, device):
         args.micro_batch = 4
     if args.checkpointing is None:
         args.checkpointing = device.type == "cuda"
-    fgm.micro_batches(args.batch, args.micro_batch)
+    check_sizes(args, device)
 
 
 def find_prompts(args, folder):
@@ -182,8 +184,10 @@ def latent_shape(args, folder, config):
     return config["in_channels"], height, width
 
 
-def print_memory(args, folder, config, bf16, shape):
-    """The memory that a process needs, by phase, and in a step by what it is for."""
+def print_memory(args, folder, config, bf16, shape, device):
+    """The memory that a process needs, by phase, and in a step by what it is for.
+
+    Raises InputError if half of it is more than the device has: it is an estimate."""
     processes, tokenizer = fgm.world_size(), run.read_json(folder / "tokenizer" / "tokenizer_config.json")
     text_tokens = tokenizer["model_max_length"] + 256  # CLIP's and T5's
     step = memory_estimate(config, args.lora, args.checkpointing, bf16,
@@ -191,6 +195,7 @@ def print_memory(args, folder, config, bf16, shape):
                            args.guidance, processes, args.ema is not None, args.one_pass,
                            args.one_pass and list(args.t_flow) == list(args.t_generator))
     phases = {"a step": sum(step.values())}
+    check_memory(f"a step with --lora {args.lora}", phases["a step"] / 2, device)
     phases |= pipeline.memory_around(folder, bf16, (args.height, args.width), step["weights, Adam, EMA"])
     peak = max(phases, key=phases.get)
     for title, parts in ((f"{phases[peak] / 1e9:.2f} GB, in {peak}", phases), ("a step", step)):
@@ -282,6 +287,7 @@ def main():
     folder = pipeline.model_folder(args.model)
     config = run.read_json(folder / "transformer" / "config.json")
     shape = latent_shape(args, folder, config)
+    check_sizes(args, device, math.prod(shape), scored=2 * 3 * args.height * args.width)
     prompts = find_prompts(args, folder)
     if is_miniature(folder):
         for prompt in prompts:
@@ -289,7 +295,7 @@ def main():
     paths, captions = pipeline.load_real(args.real, (args.height, args.width)) if args.real else ([], [])
     out = run.open_folder(args.out)
     if fgm.process_rank() == 0:
-        print_memory(args, folder, config, bf16, shape)
+        print_memory(args, folder, config, bf16, shape, device)
     torch.manual_seed(args.seed)
     cache = Path(args.embeddings or out / "embeddings")
     encode_prompts(folder, prompts, cache, device, dtype)

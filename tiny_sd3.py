@@ -25,6 +25,7 @@ from parts.images import save_grid, to_uint8
 from parts.mmdit import SD3Velocity
 from parts.pipeline import draw, open_pipeline, quiet
 from parts.run import atomically, command, open_folder, write_json
+from parts.sizes import check_memory
 
 TRANSFORMER = dict(
     sample_size=4, patch_size=1, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2,
@@ -193,6 +194,8 @@ def main():
     out = Path(args.out)
     if (out / "model_index.json").exists() and not args.overwrite:
         raise InputError(f"{out} holds a pipeline already; --overwrite replaces it")
+    check_memory(f"--batch {args.batch}", 4 * args.batch * 16 * 4 * 4)  # latents
+    check_memory(f"--samples {args.samples}", 2 * args.samples * 3 * SIZE * SIZE)
     out = open_folder(out)
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 

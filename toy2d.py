@@ -20,7 +20,7 @@ from torch import nn
 
 import fgm
 from fgm import InputError
-from parts import flags
+from parts import flags, sizes
 from parts.flags import Setting
 from parts.points import draw_frame, draw_panels, write_movie
 from parts.run import command, fingerprint_of, folder_run, save_weights, setup, shard, write_json
@@ -121,7 +121,7 @@ FLAGS = {
     "teacher_lr": Setting(float, fgm.POSITIVE, "learning rate of the teacher"),
     "teacher_t": Setting(float, fgm.LOGIT_NORMAL, "logit-normal of t, teacher's loss", 2, ("MEAN", "STD")),
     "steps": Setting(int, fgm.COUNT, "distillation steps"),
-    "samples": Setting(int, "[2, 1e7]", "samples that each distance is measured on"),
+    "samples": Setting(int, "[2, 1e6]", "samples that each distance is measured on"),
     "movie": Setting(bool, None, "write movie.gif, the generator's samples over training"),
 }
 ODE_STEPS = (1, 2, 5, 10, 50)
@@ -142,7 +142,7 @@ def arguments():
 def main():
     args = arguments()
     device = setup(args.device)
-    fgm.micro_batches(args.batch, args.micro_batch)
+    sizes.check_sizes(args, device, values=2, kept=1024, scored=2048)
     out = Path(args.out or f"runs/{args.data}")
     folders = {name: out / name for name in DATA} if args.data == "all" else {args.data: out}
     runs = {name: folder_run(args, folder) for name, folder in folders.items()}  # locks all before one starts

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
+from parts.sizes import check_memory
 from parts.unpickle import read_pickle, shown
 
 # ------------------------------------------------------------------------------------------------------------
@@ -241,9 +242,14 @@ def check_values(what, values, table, *required):
 
 
 def build(network):
-    """A velocity network from its description: EDMUNet's arguments, plus "edm_sigma_data" for EDMVelocity."""
+    """A velocity network from its description: EDMUNet's arguments, plus "edm_sigma_data" for EDMVelocity.
+
+    Raises InputError, before it allocates, if it cannot fit into memory."""
     network = dict(network)
     sigma_data = network.pop("edm_sigma_data", None)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in EDMUNet(**network).parameters())
+    check_memory("the network", 4 * weights)
     net = EDMUNet(**network)
     return net if sigma_data is None else EDMVelocity(net, sigma_data)
 

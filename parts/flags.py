@@ -108,11 +108,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def parse_with(self, choose, needs=(), modes=()):
+    def parse_with(self, choose, needs=lambda args: {}, modes=()):
         """The command line, with the defaults choose(what was given) -> dict, which --help shows too.
 
-        needs: {flag: flags of which it needs one}; modes: {flag: the flags that mean something beside it}. A
-        flag that would have no effect is refused."""
+        needs(args): {flag: flags of which it needs one}; modes: {flag: the flags that mean something beside
+        it}. A flag that would have no effect is refused."""
         given = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
         self.set_defaults(seed=0, precision="auto")
         self.set_defaults(**choose(self.parse_known_args(given)[0]))
@@ -127,7 +127,7 @@ class Parser(argparse.ArgumentParser):
             self.error("--resume goes on with the run in OUT and --overwrite removes it: give one of them")
         words = {word.partition("=")[0] for word in sys.argv[1:]}
         for name in [action.dest for action in self._actions if words & set(action.option_strings)]:
-            others = dict(needs).get(name, ())
+            others = needs(args).get(name, ())
             if others and not any(getattr(args, other) for other in others):
                 self.error(f"{flag(name)} means nothing without {' or '.join(map(flag, others))}")
             for mode, meaningful in dict(modes).items():

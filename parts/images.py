@@ -4,6 +4,7 @@ Images are uint8 tensors [N, C, R, R] wherever they are kept, float32 in -1..1 w
 """
 
 import math
+import os
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
 from parts.run import atomically, first_process, moved, noise_from
+from parts.sizes import check_memory
 
 # ------------------------------------------------------------------------------------------------------------
 # Pixels and image files
@@ -148,10 +150,21 @@ def cifar10():
     return Images(channels_first(dataset.data), torch.tensor(dataset.targets), dataset.classes)
 
 
+def refuse_link_out(path, folder):
+    """Raise InputError if a path in a folder is a link, or lies behind one, that leads out of it."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise InputError(f"{path} is a link out of {folder}, which is not followed; copy it there")
+
+
 def image_files(folder, suffixes=IMAGE_SUFFIXES):
-    """The image files at any depth in a folder, sorted; none that is hidden or in a hidden folder."""
-    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in suffixes]
-    return sorted(folder / path for path in paths if not any(part.startswith(".") for part in path.parts))
+    """The image files at any depth in a folder, sorted; none that is hidden or in a hidden folder.
+
+    Raises InputError for a link out of the folder."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*")]
+    paths = [folder / path for path in sorted(paths) if not any(part[0] == "." for part in path.parts)]
+    for path in paths:
+        refuse_link_out(path, folder)
+    return [path for path in paths if path.suffix.lower() in suffixes]
 
 
 def image_folder(root, resolution):
@@ -161,10 +174,14 @@ def image_folder(root, resolution):
     if not root.is_dir():
         raise InputError(f"unknown data set {str(root)!r}: neither cifar10, digits nor a folder")
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for folder in folders:
+        refuse_link_out(folder, root)
     classes = sorted(folder.name for folder in folders)
+    files = {name: image_files(root / name) for name in classes}
+    check_memory(f"--resolution {resolution}", 3 * (resolution or 1) ** 2 * sum(map(len, files.values())))
     pixels, labels = [], []
     for label, name in enumerate(classes):
-        for path in image_files(root / name):
+        for path in files[name]:
             image = read_image(path)
             if resolution:
                 image = fit(image, resolution)
@@ -234,6 +251,7 @@ def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batc
     Image i has class classes[i % len(classes)] (by default all classes in turn) and noise that depends on
     (seed, i) alone. A collective call: the processes share each batch. A last batch that is not full is
     filled with images that are dropped, because sharded networks must be called by all processes."""
+    check_memory(f"{n} images", 2 * n * math.prod(shape))
     classes = torch.tensor(range(label_dim or 1) if classes is None else classes)
     share = math.ceil(min(batch or images_at_once(shape), n) / world_size())
     images = []
@@ -266,6 +284,7 @@ def frechet_distance(a, b):
         raise InputError(f"a Fréchet distance needs two images on either side, got {len(a)} and {len(b)}")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise InputError("no Fréchet distance: the features of some images are not finite")
+    check_memory(f"a Fréchet distance of {a.shape[1]} values a sample", 3 * 8 * a.shape[1] ** 2)
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, axes = torch.linalg.eigh(cov_a)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import fgm
 from fgm import InputError
-from parts.images import channels_first, image_files, read_image, to_float, to_uint8
+from parts.images import channels_first, image_files, read_image, refuse_link_out, to_float, to_uint8
 from parts.prompts import (
     ENCODERS,
     Rows,
@@ -28,6 +28,7 @@ from parts.prompts import (
     text_of,
 )
 from parts.run import atomically, noise_from, open_folder, read_json, save_tensors
+from parts.sizes import check_memory
 
 # ------------------------------------------------------------------------------------------------------------
 # The source pipeline
@@ -133,9 +134,7 @@ def check_pipeline(folder, model):
 def check_component(folder, name):
     """check_pipeline for one component."""
     part, (config, weights) = folder / name, COMPONENTS[name]
-    if not is_inside(part, folder):
-        raise InputError(f"{part} is a link out of the pipeline's folder, which is not followed; "
-                         "copy it there")
+    refuse_link_out(part, folder)
     objects = {path.name: read_object(path) for path in part.glob("*.json")}
     if config not in objects:
         raise InputError(f"{part} lacks its {config}")
@@ -216,11 +215,6 @@ def memory_around(folder, bf16, size, state):
         "a picture": state + (vae + decoding) * 4,
         "the scores": (text + vae + transformer + decoding) * number,
     }
-
-
-def is_inside(path, folder):
-    """Whether a path, its links followed, leads into the folder."""
-    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -323,6 +317,7 @@ def draw(pipe, prompts, steps, guidance, size, seed=0, batch=50):
 
     Image i depends on (seed + i, its prompt) alone, whatever the batch."""
     height, width = size
+    check_memory(f"{len(prompts)} images", 2 * 3 * height * width * len(prompts))
     scale = pipe.vae_scale_factor
     shape = (pipe.transformer.config.in_channels, height // scale, width // scale)
     images = []
@@ -422,12 +417,10 @@ def check_size(path, found, size):
 
 def is_caption_file(path, folder):
     """Whether there is such a file. Raises InputError for a link out of the folder and what is no file."""
-    if not (path.exists() or path.is_symlink()):
-        return False
-    if not (path.is_file() and is_inside(path, folder)):
-        raise InputError(f"the captions {path} are a link out of {folder}, which is not followed, "
-                         "or no regular file; copy them there")
-    return True
+    refuse_link_out(path, folder)
+    if path.exists() and not path.is_file():
+        raise InputError(f"the captions {path} are no regular file")
+    return path.exists()
 
 
 def mark_of(path):

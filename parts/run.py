@@ -192,13 +192,18 @@ def noise_from(seeds, shape, device):
 
 
 def open_folder(path):
-    """The folder, made if need be. Raises InputError if it cannot be written."""
+    """The folder, made if need be.
+
+    Raises InputError if it cannot be written, or holds a folder where a file of ours is to be written."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         (Path(path) / ".writable").touch()
         (Path(path) / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to the output folder {path}: {error.strerror}") from error
+    for inner in Path(path).iterdir():
+        if inner.suffix in (".json", ".jsonl", ".safetensors", ".png", ".npz") and inner.is_dir():
+            raise InputError(f"{inner} is a folder, where a file is to be written: move it away")
     return Path(path)
 
 
@@ -354,13 +359,13 @@ def save_checkpoint(folder, phase, step, learners, settings, seconds):
     import torch.distributed.checkpoint as dcp
 
     target, temporary = folder / f"{phase}-{step:09d}", folder / f"tmp-{phase}-{step:09d}"
-    if process_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    if world_size() > 1:
-        dist.barrier()
     state = {name: value.contiguous() for name, value in state_tensors(learners).items()}
     try:
+        if process_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        if world_size() > 1:
+            dist.barrier()
         writer = dcp.HuggingFaceStorageWriter(str(temporary), file_numbers(state), save_distributed=True)
         with unwrapped():
             dcp.save(state, storage_writer=writer, no_dist=world_size() == 1)
@@ -471,6 +476,7 @@ class FolderRun(fgm.Run):
 
     def take_folder(self):
         """Lock the folder and, to start again, remove what earlier runs left. Raises InputError if in use."""
+        self.folder.mkdir(exist_ok=True)
         lock = open(self.out / ".lock", "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,11 +1,14 @@
 """What the tests of the commands share: commands run as a user would, and refusals checked."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from parts import run
 
@@ -23,6 +26,22 @@ def command(script, *arguments, processes=None):
 def drive(script, *arguments, processes=None, **more):
     line = command(script, *arguments, processes=processes)
     return subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=240, **more)
+
+
+def drive_here(driver, *arguments):
+    """drive in this process, which saves a start of Python and torch."""
+    printed, errors, before, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
+    status, sys.argv = 0, [Path(driver.__file__).name, *map(str, arguments)]
+    torch.set_num_threads(1)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+            run.command(driver.main)
+    except SystemExit as stopped:
+        status = stopped.code
+    finally:
+        sys.argv = before
+        torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(arguments, status, printed.getvalue(), errors.getvalue())
 
 
 def assert_refused(driver, cases, out, monkeypatch, capfd):

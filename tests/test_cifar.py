@@ -430,6 +430,15 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         ([*SMALL, "--cond", "--out", out, "--fid", "--inception-weights", cut], "no FID"),
         (["--data", "digits", "--out", out / "config.json"], "cannot write"),
         (["--colour"], "unrecognized arguments"),
+        (["--sample", "4", "--teacher", teacher, "--out", out], "nothing without --ode-steps"),
+        (["--sample", "4", "--generator", teacher, "--data", "digits"], "--data means nothing with"),
+        (["--sample", "4", "--generator", teacher, "--ode-steps", "2"], "--ode-steps means nothing with"),
+        (["--data", "digits", "--batch", "1000000000"], "--batch 1000000000 would need"),
+        (["--data", "digits", "--batch", "1000000000", "--micro-batch", "1"], "1000000000 would need"),
+        (["--data", "digits", "--samples", "1000000000"], "--samples 1000000000 would need"),
+        (["--data", "digits", "--model-channels", "65536"], "the network would need"),
+        (["--data", flat, "--resolution", "1000000"], "--resolution 1000000 would need"),
+        (["--sample", "1000000000", "--out", out], "1000000000 images would need"),
     ]
     monkeypatch.chdir(tmp_path)
     assert_refused(cifar, cases, out, monkeypatch, capfd)

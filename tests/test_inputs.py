@@ -106,7 +106,10 @@ def truncated(path):
     ("a.tif", lambda path: floats(path, np.nan), r"not in 0..1\)"),
     ("a.tif", lambda path: integers(path, 70_000), "not in 0..65535"),
     ("a.png", os.mkfifo, "no regular file"),
-    ("a.png", lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+    ("a.png", lambda path: path.symlink_to("/dev/zero"), "a link out of"),
+    ("a.png", lambda path: path.symlink_to(__file__), "a link out of"),
+    ("a", lambda path: path.symlink_to("/"), "a link out of"),
+    ("a.png", lambda path: path.symlink_to("a.png"), "no regular file"),
     ("a.png", lambda path: path.symlink_to("nowhere"), "no regular file"),
     ("a.png", lambda path: path.mkdir(), "no regular file"),
     ("a.png", lambda path: path.write_bytes(b""), "cannot read"),
@@ -120,6 +123,21 @@ def test_bad_image_is_named(tmp_path, name, make, message):
     with refused(message) as found:
         images.load_images(str(tmp_path))
     assert str(path) in str(found.value)
+
+
+def test_classes_and_real_images_that_are_links_out_of_the_folder_are_refused(tmp_path):
+    Image.fromarray(VALUES).save(tmp_path / "0.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cat").symlink_to(tmp_path)
+    for load in (lambda: images.load_images(str(tmp_path / "data")),
+                 lambda: pipeline.load_real(tmp_path / "data", (64, 64))):
+        with refused("data/cat is a link out of .*/data, which is not followed"):
+            load()
+    (tmp_path / "link").symlink_to(tmp_path / "real")  # the folder itself may be one, and so may links in it
+    (tmp_path / "real" / "cat").mkdir(parents=True)
+    Image.fromarray(VALUES).save(tmp_path / "real" / "cat" / "0.png")
+    (tmp_path / "real" / "cat" / "1.png").symlink_to("0.png")
+    assert len(images.load_images(str(tmp_path / "link")).pixels) == 2
 
 
 def test_hidden_files_are_no_images_and_hidden_folders_no_classes(tmp_path):

@@ -429,7 +429,7 @@ def test_command_writes_what_it_promises(finished, model):
     pictures = ("one-step.png", "teacher-28-steps.png", "distill-0000006.png")
     for name in (*pictures, "config.json", "log.jsonl", "generator.safetensors"):
         assert (out / name).stat().st_size > 100
-    done = drive("sd3.py", "--model", model, "--out", out, "--sample", "the digit 7", "--n", 2)
+    done = drive("sd3.py", "--out", out, "--sample", "the digit 7", "--n", 2)
     assert done.returncode == 0 and (out / "sample.png").exists()
 
 
@@ -497,6 +497,12 @@ def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypat
         (["--model", tmp_path / "nowhere", "--lr", "nan"], "argument --lr: must be in (0, 1e9], got nan"),
         (["--out", out, "--geneval", tmp_path / "bad.jsonl"], 'with a "prompt"'),
         (["--out", tmp_path / "new", "--sample", "7"], "has not finished"),
+        (["--out", out, "--sample", "7", "--guidance", "3"], "--guidance means nothing without --ode-steps"),
+        (["--out", out, "--geneval", "x", "--model", model], "--model means nothing without --ode-steps"),
+        (["--out", out, "--geneval", "x", "--sample", "7"], "--sample means nothing with --geneval"),
+        (["--model", model, "--lora", "1000000000"], "--lora 1000000000 would need"),
+        (["--model", model, "--batch", "1000000000"], "--batch 1000000000 would need"),
+        (["--model", model, "--samples", "1000000000"], "--samples 1000000000 would need"),
     ]
     monkeypatch.chdir(tmp_path)
     assert_refused(sd3, cases, out, monkeypatch, capfd)

@@ -4,8 +4,8 @@ import copy
 import functools
 import json
 import math
+import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from helpers import ENV, ROOT, command, drive
+from helpers import ENV, ROOT, command, drive, drive_here
 from safetensors.torch import load_file
 
 import fgm
@@ -24,6 +24,7 @@ from parts.flags import Setting
 
 SMALL = ["--device", "cpu", "--batch", "16", "--teacher-steps", "30", "--steps", "40", "--save-every", "10"]
 SMALL += ["--log-every", "10", "--samples", "500"]
+MUTATIONS = int(os.environ.get("FGM_MUTATIONS", 100))  # by hand: 2000
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
@@ -145,7 +146,7 @@ def test_another_teacher_is_not_taken_for_the_first(finished, tmp_path):
     assert not (tmp_path / "out/metrics.json").exists()
     assert not list((tmp_path / "out/checkpoints").glob("distill-*"))
     for out in (tmp_path / "out", tmp_path / "fresh"):
-        done = drive("toy2d.py", *other[:-1], out)
+        done = drive_here(toy2d, *other[:-1], out)
         assert done.returncode == 0, done.stderr
     assert_same_networks(tmp_path / "out", tmp_path / "fresh")
 
@@ -218,7 +219,7 @@ def test_mutated_checkpoints_are_refused_or_harmless(tmp_path, monkeypatch):
     assert len(files) > 3 and all(path.stat().st_size < 12_000 for path in files)
     settings = json.loads((newest / "checkpoint.json").read_text())["settings"]
     choose, refused = random.Random(0), 0
-    for _ in range(100):
+    for _ in range(MUTATIONS):
         path = choose.choice(sorted(original))
         content, place = bytearray(original[path]), choose.randrange(len(original[path]))
         kind = choose.randrange(3)
@@ -234,7 +235,7 @@ def test_mutated_checkpoints_are_refused_or_harmless(tmp_path, monkeypatch):
         except fgm.InputError:
             refused += 1
         path.write_bytes(original[path])
-    assert refused > 80
+    assert refused > 0.8 * MUTATIONS
 
 
 def test_what_is_written_is_finite(tmp_path):
@@ -348,7 +349,7 @@ def test_stopped_and_resumed_equals_uninterrupted(finished, tmp_path, phase, blo
     if blow == signal.SIGTERM:
         assert process.returncode == 143, stderr
         assert stderr == "toy2d.py: stopped; the same command goes on from the last checkpoint\n"
-    done = drive("toy2d.py", *SMALL, "--out", tmp_path)
+    done = drive_here(toy2d, *SMALL, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_networks(finished[0], tmp_path)
     assert logged(tmp_path) == ALL_LINES
@@ -379,7 +380,7 @@ def test_two_processes_equal_one(finished, tmp_path):
         one, other = load_file(finished[0] / name), load_file(tmp_path / name)
         assert all((one[key] - other[key]).norm() <= 1e-4 * one[key].norm() for key in one)
     # two processes' checkpoint, resumed by one
-    more = drive("toy2d.py", *SMALL, "--out", tmp_path, "--steps", 50, "--resume")
+    more = drive_here(toy2d, *SMALL, "--out", tmp_path, "--steps", 50, "--resume")
     assert more.returncode == 0 and "steps 40 -> 50" in more.stdout, more.stderr
 
 
@@ -394,7 +395,7 @@ def test_broken_log_line_and_folders_of_others(finished, tmp_path):
     for name in others:
         (folder / name).mkdir()
         (folder / name / "note.txt").write_text("mine")
-    done = drive("toy2d.py", *SMALL, "--out", tmp_path)
+    done = drive_here(toy2d, *SMALL, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_networks(finished[0], tmp_path)
     assert logged(tmp_path) == ALL_LINES
@@ -426,11 +427,11 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, 
     content = bytearray(tensors.read_bytes())
     for damaged in (content[: len(content) // 2], content[:-8] + bytes(8)):
         tensors.write_bytes(damaged)
-        done = drive("toy2d.py", *SMALL, "--out", tmp_path)
+        done = drive_here(toy2d, *SMALL, "--out", tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert f"{newest} is damaged" in done.stderr and before.name in done.stderr
     shutil.rmtree(newest)
-    done = drive("toy2d.py", *SMALL, "--out", tmp_path)
+    done = drive_here(toy2d, *SMALL, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_networks(finished[0], tmp_path)
 
@@ -447,20 +448,9 @@ def test_checkpoint_of_another_network_is_refused(finished, tmp_path):
 def test_other_settings_in_the_folder(finished):
     out, _ = finished
     before = contents(out)
-    done = drive("toy2d.py", *SMALL, "--out", out, "--lr", "0.003")
+    done = drive_here(toy2d, *SMALL, "--out", out, "--lr", "0.003")
     assert done.returncode == 2 and "lr 0.001 -> 0.003" in done.stderr and done.stderr.count("\n") == 1
     assert contents(out) == before
-
-
-def test_full_disk_keeps_the_checkpoint_before(finished, tmp_path):
-    """A limit on the size of files stands for the disk: the checkpoint cannot be written."""
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    before = contents(tmp_path / "checkpoints")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
-    done = drive("toy2d.py", *SMALL, "--out", tmp_path, "--steps", 50, "--resume", preexec_fn=limit)
-    assert done.returncode == 2 and "cannot write the checkpoint" in done.stderr
-    assert "File too large" in done.stderr and "Traceback" not in done.stderr
-    assert contents(tmp_path / "checkpoints") == before
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -485,6 +475,9 @@ def test_full_disk_keeps_the_checkpoint_before(finished, tmp_path):
         (["--micro-batch", "5"], "global batch 16"),
         (["--out", str(ROOT / "README.md")], "cannot write to the output folder"),
         (["--out", "/proc/runs"], "cannot write to the output folder"),
+        (["--out", "x" * 300], "File name too long"),
+        (["--batch", "1000000000"], "would need 4,112.0 GB of memory or more, the cpu has"),
+        (["--batch", "1000000000", "--micro-batch", "1"], "--batch 1000000000 would need"),
     ],
 )
 def test_bad_command_lines(arguments, message, tmp_path, monkeypatch, capfd):
