@@ -250,6 +250,9 @@ class Guided(nn.Module):
         v_cond, v_null = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (v_cond, v_null))
         return v_null + self.scale * (v_cond - v_null)
 
+    def compile(self, **settings):
+        self.net.compile(**settings)
+
 
 guided = Guided  # the former name
 
@@ -383,13 +386,13 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                     learn_flow(x0.detach(), noise[rows], t[rows], seeds[rows], cond, flow_loss)
                 losses["l1"].append(l1.detach())
                 losses["l2"].append(l2.detach())
-                loss = l2 + l1_weight * l1 if l1_weight else l2
+                loss, seen = l2 + l1_weight * l1 if l1_weight else l2, {"l1": l1, "l2": l2}
                 if extra is not None:
                     with bf16:
-                        extra_loss = extra.generator_loss(flow, leaf, seeds[rows], cond)
-                    losses["extra_generator_loss"].append(extra_loss.detach())
-                    loss = loss + extra_loss
-                run.look_at(leaf, l1=l1, l2=l2)
+                        seen["extra"] = extra.generator_loss(flow, leaf, seeds[rows], cond)
+                    losses["extra_generator_loss"].append(seen["extra"].detach())
+                    loss = loss + seen["extra"]
+                run.look_at(leaf, **seen)
                 (at_x0,) = torch.autograd.grad(loss_scale * loss.mean() / len(slices), leaf)
             x0.backward(at_x0)
         for name in learners if one_pass else ["generator"]:
