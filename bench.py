@@ -293,14 +293,17 @@ def running_rows(device, args):
     """Extra time of steps that log, save or draw, over cifar.py's default intervals, as a share of all."""
     subject, share, never = digits(device), {"logging": [], "checkpoints": [], "pictures": []}, 10**9
 
-    def picture(step, generator):
-        pixels, _ = images.draw_images(generator, 100, subject.shape, 10, device)
-        images.save_grid(Path(folder) / "picture.png", pixels)
+    def draw(sampler, n):
+        return images.draw_images(sampler, n, subject.shape, 10, device)[0]
 
-    settings = {"log_every": 3}, {"save_every": 3}, {"picture_every": 3, "picture": picture}
+    real = images.load_images("digits").pixels
     for _ in range(args.repeats):
-        for what, special in zip(share, settings, strict=True):
+        for what in share:
             with tempfile.TemporaryDirectory() as folder:
+                special = {
+                    "logging": {"log_every": 3}, "checkpoints": {"save_every": 3},
+                    "pictures": {"picture_every": 3, "picture": images.pictures(
+                        Path(folder), real, subject.teacher, draw, 500)}}[what]
                 run = FolderRun(folder, **{"save_every": never, "log_every": never} | special)
                 times = step_times(subject, 9, run=run)
             usual = statistics.median(times[0::3] + times[2::3])

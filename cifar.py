@@ -241,14 +241,11 @@ def main():
     for module in (net, flow):
         module.load_state_dict(teacher.state_dict())
 
-    def picture(step, generator):
-        bf16 = fgm.wants_bf16(args.precision, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            grid, _ = images.draw_images(generator, 100, shape, label_dim, device, args.seed)
-        if fgm.process_rank() == 0:
-            images.save_grid(out / f"distill-{step:07d}.png", grid)
+    def draw(sampler, n):
+        with torch.autocast(device.type, torch.bfloat16, enabled=fgm.wants_bf16(args.precision, device)):
+            return images.draw_images(sampler, n, shape, label_dim, device, args.seed)[0]
 
-    folder_run.picture = picture
+    folder_run.picture = images.pictures(out, real.pixels, teacher, draw, min(args.samples, 500))
     folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher)}
     generator, distill_seconds = fgm.distill(
         teacher, fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out), flow, shape,
@@ -281,7 +278,7 @@ def score(args, real, judge, samplers, label_dim, device, out):
 
     samplers: {steps of the teacher, or "one step": sampler}. Returns {the same name: {score: value}}, on
     the first process alone."""
-    rows = {}
+    rows, drawn = {}, {}
     for name, sampler in samplers.items():
         began = time.perf_counter()
         shape = tuple(real.pixels.shape[1:])
@@ -294,10 +291,14 @@ def score(args, real, judge, samplers, label_dim, device, out):
             row["accuracy"], row["worst_class"] = judge.accuracy(images.raw_pixels(pixels), labels)
         if args.fid:
             row["fid"] = images.fid(real.pixels, pixels, args.inception_weights, device)
-        rows[name] = row
-        picture = "one-step" if name == "one step" else f"teacher-{name}-steps"
-        images.save_grid(out / f"{picture}.png", pixels[:100])
+        rows[name], drawn[title(name)] = row, pixels[:100]
+    images.save_samples(out, drawn)
     return rows
+
+
+def title(name):
+    """What a sampler is called in table and pictures: "one step", "teacher, 50 steps"."""
+    return name if name == "one step" else f"teacher, {name} step{'s' * (name > 1)}"
 
 
 def metric_name(args):
@@ -337,10 +338,9 @@ def print_results(args, real, judge, floor, rows, seconds, out):
     print(f"  {'data, two halves':18}{floor:24.4f}{accuracy}{note}")
 
     for name, row in rows.items():
-        label = name if name == "one step" else f"teacher, {name} step{'s' if name > 1 else ''}"
         distance = row["fid" if args.fid else "pixel_frechet"]
         accuracies = f"{row['accuracy']:10.2%}{row['worst_class']:13.2%}" if args.cond else ""
-        print(f"  {label:18}{distance:24.4f}{accuracies}{row['seconds']:9.1f}")
+        print(f"  {title(name):18}{distance:24.4f}{accuracies}{row['seconds']:9.1f}")
 
     print("  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
           + f"; pictures and metrics.json in {out}")

@@ -20,6 +20,7 @@ import fgm
 from fgm import InputError
 from parts import flags
 from parts.flags import Setting
+from parts.progress import scores
 from parts.run import atomically, command, fingerprint_of, folder_run, save_weights, setup, shard, write_json
 
 # ------------------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ DEFAULTS = dict(
     teacher_steps=3000, teacher_lr=2e-3, steps=3600, batch=1024, lr=2e-3, flow_lr=4e-3, lr_warmup=100,
     lr_decay=2 / 3, clip=1.0, ema=0.99, t_star=0.8, c_in=1.0, c_skip=1.0, l1_weight=1.0, weight="none",
     t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1, samples=50_000,
-    save_every=1000, log_every=100,
+    save_every=1000, log_every=100, picture_every=400,
 )
 FLAGS = {
     "data": Setting(str, list(DATA), "what the teacher learns"),
@@ -143,6 +144,10 @@ def main():
     net.load_state_dict(teacher.state_dict())
     flow.load_state_dict(teacher.state_dict())
     run.fingerprint |= {"teacher_weights": fingerprint_of(teacher)}
+    few = min(args.samples, 5000)
+    test = toy_data(args.data, few, args.seed + 1)
+    z = fgm.Draws(few * fgm.world_size(), device, args.seed, fgm.SCORES).normal((2,))
+    run.picture = scores(teacher, lambda sampler: energy_distance(sampler(z), test))
     generator, distill_seconds = fgm.distill(
         teacher, generator, flow, (2,), run=run, **flags.distillation_settings(args, args.steps)
     )

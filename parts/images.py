@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
+from parts.progress import scores
 from parts.run import atomically, first_process, noise_from
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,22 +67,41 @@ def eight_bits(image):
     return Image.fromarray(np.rint(values / (top / 255)).astype(np.uint8)).convert("RGB")
 
 
-def save_grid(path, images, columns=10, least=32):
-    """Write uint8 images [N, C, H, W], C 1 or 3, row by row as one PNG.
+def save_grid(path, images, columns=10, titles=(), least=600):
+    """Write uint8 images [N, C, H, W], C 1 or 3, row by row as one PNG, with gaps between them.
 
-    Small images are enlarged by a whole factor to a height of `least` pixels or more."""
-    from PIL import Image
+    They are enlarged without blur, by a whole factor, until the rows are `least` pixels wide or more. titles:
+    one for each row, written at its left."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    n, c, h, w = images.shape
+    n, _, h, w = images.shape
+    columns = min(columns, n)
     rows = math.ceil(n / columns)
-    zoom = math.ceil(least / h)
-    canvas = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
-    canvas[:n] = images
-    canvas = canvas.view(rows, columns, c, h, w)  # [N, C, H, W] -> [rows, columns, C, H, W]
-    canvas = canvas.permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)  # -> [rows H, columns W, C]
-    canvas = canvas.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    zoom = math.ceil(least / (columns * w))
+    h, w, gap = h * zoom, w * zoom, max(2, w * zoom // 16)
+    font = ImageFont.load_default(16)
+    margin = math.ceil(max((font.getlength(title) + 2 * gap for title in titles), default=0))
+    canvas = Image.new("RGB", (margin + columns * (w + gap) + gap, rows * (h + gap) + gap), "white")
+    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, 3]
+    for i, image in enumerate(pixels.numpy()):
+        corner = margin + gap + i % columns * (w + gap), gap + i // columns * (h + gap)
+        canvas.paste(Image.fromarray(image).resize((w, h), Image.Resampling.NEAREST), corner)
+    for i, title in enumerate(titles):
+        middle = gap + i * (h + gap) + h // 2
+        ImageDraw.Draw(canvas).text((gap, middle), title, "black", font, "lm")
     with atomically(path) as temporary:
-        Image.fromarray(canvas.expand(-1, -1, 3).numpy()).save(temporary)
+        canvas.save(temporary)
+
+
+def save_samples(out, drawn):
+    """Pictures of {title: uint8 images [N, C, H, W], the same seeds in each}, written into the folder out.
+
+    samples.png has a row for each title; TITLE.png has all images, one-step.png for instance."""
+    for title, images in drawn.items():
+        save_grid(out / f"{title.replace(', ', '-').replace(' ', '-')}.png", images)
+    if drawn:
+        rows = [images[:10] for images in drawn.values()]
+        save_grid(out / "samples.png", torch.cat(rows), len(rows[0]), list(drawn))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -277,6 +297,31 @@ def raw_pixels(pixels):
 def pixel_frechet(real, fake):
     """Fréchet distance on the raw pixels (-1..1) of uint8 images [N, C, R, R]."""
     return frechet_distance(raw_pixels(real), raw_pixels(fake))
+
+
+def coarse_frechet(real, fake, size=8):
+    """pixel_frechet of at most 10,000 real images and few fake ones, averaged to size x size pixels: cheap.
+
+    Beside pixel_frechet of many samples it is too large, since few samples vary; compare it with its like."""
+    real = real[random_order(len(real))[:10_000]]
+    features = [F.adaptive_avg_pool2d(to_float(pixels), size).flatten(1) for pixels in (real, fake)]
+    return frechet_distance(*features)  # each [N, C, R, R] -> [N, C, 8, 8] -> [N, D]
+
+
+def pictures(out, real, teacher, draw, samples):
+    """A picture(step, generator) for FolderRun: a grid of 100 images in out, and coarse_frechet for the log.
+
+    real: uint8 [N, C, R, R]. draw(sampler, n): n images of a fixed seed; every process calls it. samples: how
+    many the score is measured on."""
+    scored = scores(teacher, lambda sampler: coarse_frechet(real, draw(sampler, samples)))
+
+    def picture(step, generator):
+        grid = draw(generator, 100)
+        if process_rank() == 0:
+            save_grid(out / f"distill-{step:07d}.png", grid)
+        return scored(step, generator)
+
+    return picture
 
 
 def random_order(n):

@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 import shutil
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
-from parts.images import image_files, read_image, to_float, to_uint8
+from parts.images import frechet_distance, image_files, read_image, save_grid, to_float, to_uint8
+from parts.progress import scores
 from parts.prompts import contents, load_component, load_pipeline, read_json_lines, read_lines, text_of
 from parts.run import atomically, first_process, noise_from, open_folder, read_json, save_tensors
 
@@ -302,6 +305,37 @@ def decode(folder, latents):
         with torch.no_grad():
             images.append(to_uint8(vae.decode(part / scale + shift).sample).cpu())
     return torch.cat(images)  # N x [1, 3, H, W] -> [N, 3, H, W]
+
+
+def pictures(folder, out, teacher, draw, samples, judged=None):
+    """A picture(step, generator) for FolderRun: 8 decoded images as a grid in out, and a score for the log.
+
+    draw(sampler, n, first) -> n latents, by noise seeds from first; every process calls it. The score of
+    `samples` images is judged(uint8 images), or without one the Fréchet distance of latents, averaged over
+    the quarters of an image, to latents of the teacher's 50 steps from other noise."""
+
+    def quarters(latents):
+        return F.adaptive_avg_pool2d(latents.float(), 2).flatten(1).cpu()  # [N, 16, h, w] -> [N, 64]
+
+    @cache
+    def reference():
+        return quarters(draw(partial(fgm.sample_ode, teacher, steps=50), samples, first=samples))
+
+    def measure(sampler):
+        latents = draw(sampler, samples)
+        if judged:
+            return judged(decode(folder, latents))
+        return frechet_distance(reference(), quarters(latents))
+
+    scored = scores(teacher, measure)
+
+    def picture(step, generator):
+        latents = draw(generator, 8)
+        if fgm.process_rank() == 0:
+            save_grid(out / f"distill-{step:07d}.png", decode(folder, latents))
+        return scored(step, generator)
+
+    return picture
 
 
 def geneval(pipe, metadata, target, steps, guidance, size, seed):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import fgm
 from fgm import Diverged, InputError, gathered, process_rank, world_size
+from parts import progress
 
 # ------------------------------------------------------------------------------------------------------------
 # A command
@@ -404,7 +405,8 @@ class FolderRun(fgm.Run):
     resume: "same" goes on with what is there if its settings are ours, and raises InputError otherwise; "any"
     goes on whatever changed; "no" removes the checkpoints of all phases now. fingerprint: further settings
     that a resumed run must share. picture(step, generator), if given, is called every picture_every steps
-    (None: at the end) of a distillation, with the averaged weights in place and without gradients."""
+    and at the end of a distillation, with the averaged weights in place and without gradients; a dict of
+    numbers that it returns goes into the log, and progress.png is drawn then, twice a minute at most."""
 
     PHASES = ("teacher", "distill")
     T_BINS = 10
@@ -430,7 +432,7 @@ class FolderRun(fgm.Run):
         if self.resume == "no":
             for old in [path for phase in self.PHASES for path in checkpoints(self.folder, phase)]:
                 shutil.rmtree(old)
-            for name in ("generator.safetensors", "metrics.json", "log.jsonl"):
+            for name in ("generator.safetensors", "metrics.json", "log.jsonl", "progress.png"):
                 (self.out / name).unlink(missing_ok=True)
 
     def steps(self, phase, steps, learners, settings):
@@ -443,24 +445,31 @@ class FolderRun(fgm.Run):
         self.open_log(start, steps, settings["batch"], device)
         for self.step in range(start, steps):
             done = self.step + 1
-            self.logging = done % self.log_every == 0 or done == steps
+            drawing = self.picture and "generator" in learners
+            drawing = drawing and (done % (self.picture_every or steps) == 0 or done == steps)
+            self.logging = drawing or done % self.log_every == 0 or done == steps
             yield self.step
             self.bar.update()
+            if drawing:
+                self.draw(learners["generator"], done)
             if self.logging:
                 self.write_log(done)
+            if drawing and process_rank() == 0 and (done == steps or time.perf_counter() > self.drawn + 30):
+                with atomically(self.out / "progress.png") as temporary:
+                    progress.draw(self.out / "log.jsonl", temporary)
+                self.drawn = time.perf_counter()
             if done % self.save_every == 0 or done == steps:
                 self.check()
                 seconds = time.perf_counter() - began
                 self.last_good = save_checkpoint(self.folder, phase, done, learners, settings, seconds)
-            if self.picture and "generator" in learners and done % (self.picture_every or steps) == 0:
-                self.draw(learners["generator"], done)
         self.bar.close()
         self.seconds = time.perf_counter() - began if start < steps else before
 
     def draw(self, learner, step):
+        self.check()
         learner.swap()
         with torch.no_grad():
-            self.picture(step, learner.module)
+            self.scores = self.picture(step, learner.module) or {}
         for part in learner.module.modules():
             if hasattr(part, "reshard"):
                 part.reshard()  # FSDP2 keeps the outermost weights gathered after passes without gradients
@@ -468,6 +477,7 @@ class FolderRun(fgm.Run):
 
     def open_log(self, start, steps, batch, device):
         self.batch, self.logged, self.since, self.extras = batch, start, time.perf_counter(), {}
+        self.scores, self.drawn = {}, self.since
         self.sums, self.bins = 0, torch.zeros(2, self.T_BINS, device=device)
         silent = True if process_rank() else None
         self.bar = tqdm(total=steps, initial=start, desc=self.phase, disable=silent, mininterval=0.5)
@@ -511,7 +521,7 @@ class FolderRun(fgm.Run):
             dist.all_reduce(bins)
         record = {"phase": self.phase, "step": step, "kimg": step * self.batch / 1000}
         record |= dict(zip(self.names, sums.tolist(), strict=True))
-        record |= {name: value.item() for name, value in self.extras.items()}
+        record |= {name: value.item() for name, value in self.extras.items()} | self.scores
         record["flow_loss_by_t"] = [total / n if n else None for total, n in zip(*bins.tolist(), strict=True)]
         record["images_per_s"] = (step - self.logged) * self.batch / (time.perf_counter() - self.since)
         self.bar.set_postfix({name: f"{record[name]:.3g}" for name in self.names[:3]}, refresh=False)
@@ -522,5 +532,5 @@ class FolderRun(fgm.Run):
             except OSError as error:
                 kept = f"; the last checkpoint is {self.last_good}" if self.last_good else ""
                 raise InputError(f"cannot write {self.out / 'log.jsonl'} ({error.strerror}){kept}") from error
-        self.sums, self.logged, self.since = 0, step, time.perf_counter()
+        self.sums, self.scores, self.logged, self.since = 0, {}, step, time.perf_counter()
         self.bins.zero_()

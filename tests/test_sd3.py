@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import bench
 import fgm
 import sd3
+from parts import progress
 from parts.captions import PROMPTS, captioned_digits, captions, judge
 from parts.images import save_grid, to_uint8
 from parts.mmdit import GAN, memory_estimate, networks
@@ -349,7 +350,9 @@ def test_command_writes_what_it_promises(finished, model):
     assert "memory per process, estimated" in printed
     images = draw(open_pipeline(out / "pipeline", CPU, torch.float32), PROMPTS[:6], 1, 0, (32, 32))
     assert judge(images, PROMPTS[:6])[1] == pytest.approx(metrics["one_step"], rel=1e-3)
-    pictures = ("one-step.png", "teacher-28-steps.png", "distill-0000006.png")
+    curves, teacher = progress.read(out / "log.jsonl")
+    assert curves["score"][0] == [6] and teacher.keys() == {"1", "10", "50"}
+    pictures = ("one-step.png", "teacher-28-steps.png", "distill-0000006.png", "samples.png", "progress.png")
     for name in (*pictures, "config.json", "log.jsonl", "generator.safetensors"):
         assert (out / name).stat().st_size > 100
     done = drive("sd3.py", "--model", model, "--out", out, "--sample", "the digit 7", "--n", 2)

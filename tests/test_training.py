@@ -163,7 +163,7 @@ def main():
         run.shard(one, [layer for layer in one.net if isinstance(layer, torch.nn.Linear)])
     z = torch.randn(4, 2)
     folder = run.FolderRun(sys.argv[1], save_every=2, picture_every=2)
-    folder.picture = lambda step, generator: generator(z)
+    folder.picture = lambda step, generator: {"mean": generator(z).mean().item()}
     generator = fgm.OneStepGenerator(nets[1], 0.8)
     fgm.distill(nets[0], generator, nets[2], (2,), steps=6, batch=8, lr=1e-2, ema_decay=0.9, run=folder)
     run.save_weights(generator.net, sys.argv[2])
