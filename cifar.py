@@ -24,6 +24,7 @@ import torch
 import fgm
 from fgm import InputError
 from parts import flags, images, run
+from parts.bars import bar
 from parts.edm import Block, EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from parts.flags import Setting
 
@@ -134,7 +135,7 @@ def draw_from_files(args, device):
     sampler, network = sampler_from_file(args, out, device)
     began = time.perf_counter()
     pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), network["label_dim"],
-                                        device, args.seed, args.classes)
+                                        device, args.seed, args.classes, what="drawing")
     seconds = time.perf_counter() - began
     if fgm.process_rank() > 0:
         return
@@ -202,7 +203,8 @@ def prepare_scores(args, real, device):
         return None, None
     if args.fid:
         images.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device)
-    return images.train_judge(real) if args.cond else None, images.noise_floor(real.pixels)
+    with bar("scoring the data itself"):
+        return images.train_judge(real) if args.cond else None, images.noise_floor(real.pixels)
 
 
 def main():
@@ -282,7 +284,8 @@ def score(args, real, judge, samplers, label_dim, device, out):
     for name, sampler in samplers.items():
         began = time.perf_counter()
         shape = tuple(real.pixels.shape[1:])
-        pixels, labels = images.draw_images(sampler, args.samples, shape, label_dim, device, args.seed)
+        pixels, labels = images.draw_images(
+            sampler, args.samples, shape, label_dim, device, args.seed, what=f"scoring: {title(name)}")
         seconds = time.perf_counter() - began
         if fgm.process_rank() > 0:
             continue
@@ -309,11 +312,8 @@ def metric_name(args):
 
 def write_results(args, description, real, judge, floor, rows, seconds, out):
     """config.json and metrics.json."""
-    settings = vars(args) | {"out": str(out)}
-    versions = {"torch": torch.__version__, "processes": fgm.world_size()}
-    run.write_json(out / "config.json", description | versions | {"settings": settings})
     key = "fid" if args.fid else "pixel_frechet"
-    run.write_json(out / "metrics.json", {
+    run.write_results(out, description | {"settings": vars(args) | {"out": str(out)}}, {
         "metric": metric_name(args), "samples": args.samples,
         "against": f"{len(real.pixels)} training images of {args.data}",
         "detector": "torch-fidelity Inception-v3" if args.fid else "raw pixels",

@@ -29,6 +29,7 @@ import fgm
 from fgm import InputError
 from parts import flags, pipeline, run
 from parts.captions import digit_of, judge
+from parts.card import write_card
 from parts.flags import COUNT, Setting
 from parts.images import save_grid, save_samples
 from parts.mmdit import GAN, memory_estimate, networks
@@ -221,7 +222,7 @@ def score(args, folder, prompts, device, dtype, out):
         pipe = pipeline.open_pipeline(source, device, dtype)
         began = time.perf_counter()
         size, batch = (args.height, args.width), 50 if miniature else 4
-        images = pipeline.draw(pipe, prompts, steps, guidance, size, args.seed, batch)
+        images = pipeline.draw(pipe, prompts, steps, guidance, size, args.seed, batch, f"scoring: {name}")
         rows[name] = {"seconds_per_image": (time.perf_counter() - began) / len(prompts)}
         del pipe
         drawn[name] = images[:240:8] if miniature else images[:8]
@@ -235,11 +236,8 @@ def report(args, rows, coefficients, seconds, out):
     """Write config.json and metrics.json, and print the table."""
     judged = "pixel_frechet" in rows["one step"]
     metric = "pixel_frechet" if judged else "seconds_per_image"
-    run.write_json(out / "config.json", {
-        "generator": coefficients, "settings": vars(args), "torch": torch.__version__,
-        "processes": fgm.world_size()})
     teacher = {"1": rows["teacher, 1 step"][metric], "28": rows["teacher, 28 steps"][metric]}
-    run.write_json(out / "metrics.json", {
+    run.write_results(out, {"generator": coefficients, "settings": vars(args)}, {
         "metric": metric, "samples": args.samples, "teacher": teacher, "one_step": rows["one step"][metric],
         "rows": rows, "seconds": seconds})
     print(f"{args.model}: {args.samples} samples")
@@ -331,6 +329,7 @@ def main():
         rows = score(args, folder, chosen, device, dtype, out)
         seconds = {"distillation": distill_seconds, "scores": time.perf_counter() - began}
         report(args, rows, coefficients, seconds, out)
+        write_card(folder, vars(args), coefficients, len(prompts), rows, out)
 
 
 if __name__ == "__main__":

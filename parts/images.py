@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
+from parts.bars import bar, batches
 from parts.progress import scores
 from parts.run import atomically, first_process, noise_from
 
@@ -133,7 +134,8 @@ def load_images(data, resolution=None, cond=False):
     elif data == "cifar10":
         images = cifar10()
     else:
-        images = image_folder(Path(data), resolution)
+        with bar(f"reading {data}"):
+            images = image_folder(Path(data), resolution)
     if cond and len(images.classes) < 2:
         raise InputError(f"--cond needs at least two classes, {data} has {len(images.classes)}")
     if resolution and images.pixels.shape[-1] != resolution:
@@ -243,16 +245,17 @@ def data_functions(images, label_dim, flip, device):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=500):
+def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=500, what=None):
     """n images of sampler(noise, **cond) -> x0, uint8 [n, *shape], and their labels [n], on every CPU.
 
     Image i has class classes[i % len(classes)] (by default all classes in turn) and noise that depends on
     (seed, i) alone. A collective call: the processes share each batch. A last batch that is not full is
-    filled with images that are dropped, because sharded networks must be called by all processes."""
+    filled with images that are dropped, because sharded networks must be called by all processes. what: the
+    title of a progress bar."""
     classes = torch.tensor(range(label_dim or 1) if classes is None else classes)
     share = math.ceil(min(batch, n) / world_size())
     images = []
-    for begin in range(0, n, share * world_size()):
+    for begin in batches(n, share * world_size(), what):
         indices = begin + process_rank() * share + torch.arange(share)
         cond = {}
         if label_dim:
@@ -419,8 +422,9 @@ def inception_statistics(pixels, weights, device):
     if len(pixels) < 2:
         raise InputError(f"no FID: it needs at least two images on either side, got {len(pixels)}")
     network, on_gpu = inception(weights, device), device.type == "cuda"
-    statistics = fid_input_id_to_statistics(1, network, "2048", input1=RGB(pixels), cuda=on_gpu,
-                                            verbose=False)
+    with bar(f"Inception features of {len(pixels):,} images"):
+        statistics = fid_input_id_to_statistics(1, network, "2048", input1=RGB(pixels), cuda=on_gpu,
+                                                verbose=False)
     if not np.isfinite(statistics["sigma"]).all():
         raise InputError("no FID: some Inception features are not finite; are the Inception weights whole?")
     return statistics

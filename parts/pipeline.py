@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
+from parts.bars import bar, batches
 from parts.images import frechet_distance, image_files, read_image, save_grid, to_float, to_uint8
 from parts.progress import scores
 from parts.prompts import contents, load_component, load_pipeline, read_json_lines, read_lines, text_of
@@ -238,8 +239,9 @@ def export(folder, generator, lora_rank, dtype, out):
     temporary, target = out / "pipeline.tmp", out / "pipeline"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        copy_source(folder, temporary)
-        transformer.save_pretrained(temporary / "transformer")
+        with bar(f"writing {target}"):
+            copy_source(folder, temporary)
+            transformer.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
@@ -271,21 +273,22 @@ def open_pipeline(folder, device, dtype):
     """The pipeline in a folder, on the device. Raises InputError if it cannot be loaded."""
     check_pipeline(Path(folder), folder)
     networks = [name for name, (_, weights) in COMPONENTS.items() if weights]
-    pipe = load_pipeline(folder, networks, device, dtype)
+    with bar(f"loading {folder}"):
+        pipe = load_pipeline(folder, networks, device, dtype)
     pipe.vae.enable_slicing()  # images are decoded one by one: at 1024 pixels, several fill the memory
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def draw(pipe, prompts, steps, guidance, size, seed=0, batch=50):
+def draw(pipe, prompts, steps, guidance, size, seed=0, batch=50, what=None):
     """One uint8 image per prompt, stacked: [N, 3, H, W], size = (H, W).
 
-    Image i depends on (seed + i, its prompt) alone, whatever the batch."""
+    Image i depends on (seed + i, its prompt) alone, whatever the batch. what: the title of a progress bar."""
     height, width = size
     scale = pipe.vae_scale_factor
     shape = (pipe.transformer.config.in_channels, height // scale, width // scale)
     images = []
-    for i in range(0, len(prompts), batch):
+    for i in batches(len(prompts), batch, what):
         texts = prompts[i : i + batch]
         seeds = torch.arange(seed + i, seed + i + len(texts))
         latents = noise_from(seeds, shape, pipe.device).to(pipe.transformer.dtype)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import fgm
 from fgm import InputError
+from parts.bars import bar
 from parts.run import first_process, open_folder, read_json, save_tensors, write_json
 
 # ------------------------------------------------------------------------------------------------------------
@@ -201,8 +202,10 @@ def encode_prompts(folder, prompts, cache, device, dtype, max_length=256):
     Files that exist are kept; the processes share the work. Raises InputError if cache holds embeddings of
     another model (by the content of its text encoders and tokenizers), other prompts or another precision."""
     cache = open_folder(cache)
+    with bar("reading the text encoders"):
+        model = contents(folder, "text_encoder*/*", "tokenizer*/*") if fgm.process_rank() == 0 else None
     first_process(lambda: claim(cache, {
-        "model": contents(folder, "text_encoder*/*", "tokenizer*/*"),
+        "model": model,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "number": len(prompts),
         "dtype": str(dtype),
@@ -216,9 +219,12 @@ def encode_prompts(folder, prompts, cache, device, dtype, max_length=256):
     if missing:
         pipe, truncated = text_pipeline(folder, device, dtype), 0
         longest = pipe.tokenizer.model_max_length
-        for name in missing:
-            truncated += sum(len(pipe.tokenizer(text).input_ids) > longest for text in files[name])
-            save_tensors(encode(pipe, files[name], device, dtype, max_length), cache / f"{name}.safetensors")
+        with bar("encoding prompts", sum(len(files[name]) for name in missing), unit="prompts") as shown:
+            for name in missing:
+                truncated += sum(len(pipe.tokenizer(text).input_ids) > longest for text in files[name])
+                encoded = encode(pipe, files[name], device, dtype, max_length)
+                save_tensors(encoded, cache / f"{name}.safetensors")
+                shown.update(len(files[name]))
         if truncated:
             message = f"{truncated} prompts are longer than CLIP's {longest} tokens and were cut there"
             print(message, file=sys.stderr)

@@ -8,9 +8,11 @@ import functools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -22,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import fgm
 from fgm import Diverged, InputError, gathered, process_rank, world_size
 from parts import progress
+from parts.bars import bar
 
 # ------------------------------------------------------------------------------------------------------------
 # A command
@@ -194,6 +196,30 @@ def finite(content):
     if isinstance(content, (list, tuple)):
         return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def about_this_run():
+    """What a number was measured with: command, commit (None outside git), versions, hardware."""
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions |= {name: sys.modules[name].__version__ for name in ("diffusers", "transformers")
+                 if name in sys.modules}
+    device = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "commit": commit, "versions": versions, "hardware": device,
+            "processes": world_size()}
+
+
+def write_results(out, config, metrics):
+    """config.json and metrics.json, which also say by what they were made."""
+    write_json(out / "config.json", config | {"torch": torch.__version__, "processes": world_size()})
+    write_json(out / "metrics.json", metrics | about_this_run())
 
 
 def write_json(path, content):
@@ -442,14 +468,22 @@ class FolderRun(fgm.Run):
         self.phase, self.first_bad = phase, None
         self.last_good = self.folder / f"{phase}-{start:09d}" if start else None
         device = next(iter(next(iter(learners.values())).parameters.values())).device
-        self.open_log(start, steps, settings["batch"], device)
-        for self.step in range(start, steps):
+        self.open_log(start, settings["batch"], device)
+        title, batch = "distillation" if phase == "distill" else phase, settings["batch"]
+        with bar(title, steps * batch, start * batch) as self.bar:
+            yield from self.each_step(phase, range(start, steps), learners, settings, began)
+        self.seconds = time.perf_counter() - began if start < steps else before
+
+    def each_step(self, phase, numbers, learners, settings, began):
+        """The steps with these numbers, and what is due after each: picture, log, checkpoint."""
+        steps = numbers.stop
+        for self.step in numbers:
             done = self.step + 1
             drawing = self.picture and "generator" in learners
             drawing = drawing and (done % (self.picture_every or steps) == 0 or done == steps)
             self.logging = drawing or done % self.log_every == 0 or done == steps
             yield self.step
-            self.bar.update()
+            self.bar.update(self.batch)
             if drawing:
                 self.draw(learners["generator"], done)
             if self.logging:
@@ -462,8 +496,6 @@ class FolderRun(fgm.Run):
                 self.check()
                 seconds = time.perf_counter() - began
                 self.last_good = save_checkpoint(self.folder, phase, done, learners, settings, seconds)
-        self.bar.close()
-        self.seconds = time.perf_counter() - began if start < steps else before
 
     def draw(self, learner, step):
         self.check()
@@ -475,12 +507,10 @@ class FolderRun(fgm.Run):
                 part.reshard()  # FSDP2 keeps the outermost weights gathered after passes without gradients
         learner.swap()
 
-    def open_log(self, start, steps, batch, device):
+    def open_log(self, start, batch, device):
         self.batch, self.logged, self.since, self.extras = batch, start, time.perf_counter(), {}
         self.scores, self.drawn = {}, self.since
         self.sums, self.bins = 0, torch.zeros(2, self.T_BINS, device=device)
-        silent = True if process_rank() else None
-        self.bar = tqdm(total=steps, initial=start, desc=self.phase, disable=silent, mininterval=0.5)
         path = self.out / "log.jsonl"
         if process_rank() == 0 and path.exists():  # drop what was logged after the checkpoint
             kept = [line for line in path.read_text(errors="replace").splitlines() if self.holds(line, start)]
