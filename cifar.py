@@ -41,7 +41,7 @@ PAPER = dict(
     teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999, kimg=20_000, batch=512, lr=2e-5, flow_lr=2e-5,
     lr_warmup=100, lr_decay=0.0, clip=None, ema=0.999, t_star=0.714, c_in=0.714, c_skip=0.714,
     l1_weight=0.0, weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1,
-    data="cifar10", samples=50_000, save_every=500, log_every=50, picture_every=500,
+    one_pass=True, data="cifar10", samples=50_000, save_every=500, log_every=50, picture_every=500,
 )
 # Measured on scikit-learn's digits, on a laptop's budget.
 DIGITS = PAPER | dict(

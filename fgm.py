@@ -28,6 +28,7 @@ v.shape == x.shape; one that is trained or copied must be an nn.Module. Losses a
 a sample, one value per sample. This file needs torch and numpy alone and can be copied elsewhere.
 """
 
+import functools
 import math
 import time
 from collections import defaultdict
@@ -102,16 +103,25 @@ def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
     checkpointing, call backward inside frozen(teacher, flow) as well. weight(t, u, target) -> [B], if given,
     scales both, as a constant. Returns (l1 [B], l2 [B])."""
     with frozen(teacher, flow):
-        xt = interpolate(x0, noise, t)
-        u = velocity(teacher, xt, t, **cond)
-        v = velocity(flow, xt, t, **cond)
+        return one_pass_losses(teacher, flow, x0, noise, t, weight=weight, **cond)[1:]
+
+
+def one_pass_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
+    """reflow_loss and fgm_losses of the same x_t, by one pass of flow: (flow_loss, l1, l2), [B] each.
+
+    The first is for a backward pass into flow, the others for one into x0."""
+    xt = interpolate(x0, noise, t)
+    u = velocity(teacher, xt, t, **cond)
+    v = velocity(flow, xt, t, **cond)
     target = noise - x0  # u_t(x_t | x0) of (3.5), (x_t - x0) / t
+    error = v - target.detach()
+    flow_loss = dot(error, error)  # (3.6)
     l1 = dot(u - v, u - v)  # (4.11)
     l2 = 2 * dot(u - v, v - target)  # (4.12)
     if weight is not None:
         w = weight(t, u.detach(), target.detach())
         l1, l2 = w * l1, w * l2
-    return l1, l2
+    return flow_loss, l1, l2
 
 
 def sid_weight(t, u, target):
@@ -122,7 +132,13 @@ def sid_weight(t, u, target):
     return t**2 / error.clamp(min=1e-5)
 
 
-WEIGHTS = {"none": None, "sid": sid_weight}
+def noise_weight(t, u, target):
+    """exp(4 t) / 10: the mass of each mode is decided at high noise, where modes overlap; at low noise the
+    online flow is poorest just where mass would have to pass, between the modes. t: [B]. Returns [B]."""
+    return torch.exp(4 * t) / 10
+
+
+WEIGHTS = {"none": None, "sid": sid_weight, "noise": noise_weight}
 
 
 @contextmanager
@@ -140,8 +156,16 @@ def frozen(*nets):
 
 
 def logit_normal(n, mean, std, device=None, generator=None):
-    """t = sigmoid(mean + std * normal), float32 [n] in [0, 1]; a larger mean is noisier (appendix B)."""
-    return torch.sigmoid(mean + std * torch.randn(n, device=device, generator=generator))
+    """t = sigmoid(mean + std * normal), float32 [n] in [0, 1]; a larger mean is noisier (appendix B).
+
+    Stratified, in rising order: one value from each of n intervals of equal probability."""
+    uniform = (torch.arange(n, device=device) + torch.rand(n, device=device, generator=generator)) / n
+    return torch.sigmoid(mean + std * normal_quantile(uniform))
+
+
+def normal_quantile(uniform):
+    """The standard normal's quantile function, finite at 0 and 1."""
+    return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -223,7 +247,8 @@ class Guided(nn.Module):
             both[name] = value
         v = self.net(torch.cat([x, x]), torch.cat([t, t]), **both)  # [2B, ...]
         v_cond, v_null = v.chunk(2)  # [2B, ...] -> 2 x [B, ...]
-        return v_null.float() + self.scale * (v_cond.float() - v_null.float())
+        v_cond, v_null = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (v_cond, v_null))
+        return v_null + self.scale * (v_cond - v_null)
 
 
 guided = Guided  # the former name
@@ -275,7 +300,8 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
 def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, conditions=None, lr=2e-5,
             flow_lr=None, betas=(0.0, 0.999), eps=1e-8, lr_warmup=0, lr_decay=0.0, clip=None,
             t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), l1_weight=0.0, weight=None, loss_scale=1.0,
-            flow_updates=1, extra=None, ema_decay=0.999, seed=0, precision="auto", compile=False, run=None):
+            flow_updates=1, one_pass=True, extra=None, ema_decay=0.999, seed=0, precision="auto",
+            compile=False, run=None):
     """Algorithm 1: distil teacher into generator, with the online flow `flow`.
 
     generator (a OneStepGenerator) and flow start as copies of the teacher and are changed; modules are put
@@ -283,76 +309,93 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     seeds [B] choose. The generator minimises loss_scale * (L2 + l1_weight * L1): l1_weight 1 is the exact
     gradient of (4.1), 0 the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
     weight(t, u, target) -> [B] scales L1 and L2. t ~ logit-normal(*t_generator) in the FGM loss, (*t_flow)
-    in the flow's. flow_lr None: lr. extra: an nn.Module with flow_loss(flow, x0, seeds, cond) and
-    generator_loss(flow, x0, seeds, cond), [B] each, added to the two losses (loss_scale scales the latter,
-    too); its parameters train with the flow's settings (the GAN of appendix B.2).
+    in the flow's. flow_lr None: lr. one_pass: the flow's last update and the generator's share
+    their samples and, where t_flow is t_generator, x_t: 9 units of passes instead of 11. extra: an nn.Module
+    with flow_loss(flow, x0, seeds, cond) and generator_loss(flow, x0, seeds, cond), [B] each, added to the
+    two losses (loss_scale scales the latter, too), which trains with the flow (the GAN of appendix B.2).
     Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
-    flow_lr = lr if flow_lr is None else flow_lr
+    flow_lr, t_flow, t_generator = lr if flow_lr is None else flow_lr, tuple(t_flow), tuple(t_generator)
     settings = dict(steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
                     clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
                     loss_scale=loss_scale, flow_updates=flow_updates, ema_decay=ema_decay, seed=seed,
                     precision=precision, **generator.coefficients())
     check_settings(**settings)
     decay_steps = round(lr_decay * steps)
-    settings |= dict(betas=betas, eps=eps, weight=weight)
+    settings |= dict(betas=betas, eps=eps, weight=weight, one_pass=one_pass)
     slices = micro_batches(batch, micro_batch)
     device = next(generator.parameters()).device
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
     conditions, run = conditions or (lambda seeds: {}), run or Run()
-    generator_learner = Learner(generator, lr, betas, eps, clip, ema_decay)
-    flow_learners = {"flow": Learner(flow, flow_lr, betas, eps, clip)}
-    if extra is not None:
-        flow_learners["extra"] = Learner(extra, flow_lr, betas, eps, clip)
+    shared = one_pass and t_flow == t_generator
+    learners = {"generator": Learner(generator, lr, betas, eps, clip, ema_decay)}
+    followers = {"flow": flow} if extra is None else {"flow": flow, "extra": extra}
+    learners |= {name: Learner(net, flow_lr, betas, eps, clip) for name, net in followers.items()}
     for net in (teacher, generator.net, flow):
         if isinstance(net, nn.Module):
             net.eval()  # no dropout in Algorithm 1
             if compile:
                 net.compile()
-    for step in run.steps("distill", steps, {"generator": generator_learner} | flow_learners, settings):
-        lr_factor = schedule(step, steps, lr_warmup, decay_steps)
+                torch._functorch.config.donated_buffer = False  # a graph is differentiated more than once
 
-        # The online flow: ReFlow (3.6) on fresh samples of the generator.
-        for k in range(flow_updates):
-            draws, losses = Draws(batch, device, seed, ONLINE_FLOW, step, k), defaultdict(list)
+    def learn_flow(x0, noise, t, seeds, cond, shared_loss=None):
+        """The backward pass of the online flow's loss (3.6) [B] and, if there is one, extra's."""
+        with bf16:
+            loss = reflow_loss(flow, x0, noise, t, **cond) if shared_loss is None else shared_loss
+            losses["flow_loss"].append(loss.detach())
+            run.log_by_t(t, loss.detach())
+            if extra is not None:
+                extra_loss = extra.flow_loss(flow, x0, seeds, cond)
+                losses["extra_flow_loss"].append(extra_loss.detach())
+                loss = loss + extra_loss
+        (loss.mean() / len(slices)).backward(retain_graph=shared_loss is not None)
+
+    for step in run.steps("distill", steps, learners, settings):
+        lr_factor = schedule(step, steps, lr_warmup, decay_steps)
+        losses, gradients = defaultdict(list), {}
+
+        # The online flow alone: ReFlow (3.6) on fresh samples of the generator.
+        for k in range(flow_updates - one_pass):
+            draws = Draws(batch, device, seed, ONLINE_FLOW, step, k)
             z, noise, t, seeds = draws.for_update(shape, *t_flow)
             for rows in slices:
                 cond = conditions(seeds[rows])
                 with bf16, torch.no_grad():
                     x0 = generator(z[rows], **cond)
-                with bf16:
-                    loss = reflow_loss(flow, x0, noise[rows], t[rows], **cond)
-                    losses["flow_loss"].append(loss.detach())
-                    if extra is not None:
-                        extra_loss = extra.flow_loss(flow, x0, seeds[rows], cond)
-                        losses["extra_flow_loss"].append(extra_loss.detach())
-                        loss = loss + extra_loss
-                (loss.mean() / len(slices)).backward()
-            gradients = {f"{name}_gradient": net.update(lr_factor) for name, net in flow_learners.items()}
-            log = {name: torch.cat(values) for name, values in losses.items()} | gradients
-            run.log_by_t(t, log["flow_loss"])
+                learn_flow(x0, noise[rows], t[rows], seeds[rows], cond)
+            gradients = {f"{name}_gradient": learners[name].update(lr_factor) for name in followers}
 
-        # The generator: L2 + l1_weight * L1, (4.12) and (4.11); teacher and online flow are evaluated only.
-        draws, losses = Draws(batch, device, seed, GENERATOR, step), defaultdict(list)
+        # The generator: L2 + l1_weight * L1, (4.12) and (4.11). With one_pass, also the flow: (3.6).
+        draws = Draws(batch, device, seed, GENERATOR, step)
         z, noise, t, seeds = draws.for_update(shape, *t_generator)
-        with frozen(teacher, flow, extra):
-            for rows in slices:
-                cond = conditions(seeds[rows])
+        t_of_flow = draws.sample_t(*t_flow) if one_pass and not shared else t
+        for rows in slices:
+            cond = conditions(seeds[rows])
+            with bf16:
+                x0 = generator(z[rows], **cond)
+                leaf = x0.detach().requires_grad_()  # the losses' graphs end here
+            if one_pass and not shared:
+                learn_flow(x0.detach(), noise[rows], t_of_flow[rows], seeds[rows], cond)
+            with frozen(teacher, *([] if shared else followers.values())):
                 with bf16:
-                    x0 = generator(z[rows], **cond)
-                    l1, l2 = fgm_losses(teacher, flow, x0, noise[rows], t[rows], weight=weight, **cond)
-                    losses["l1"].append(l1.detach())
-                    losses["l2"].append(l2.detach())
-                    loss = l2 + l1_weight * l1 if l1_weight else l2
-                    if extra is not None:
-                        extra_loss = extra.generator_loss(flow, x0, seeds[rows], cond)
-                        losses["extra_generator_loss"].append(extra_loss.detach())
-                        loss = loss + extra_loss
-                (loss_scale * loss.mean() / len(slices)).backward()
-            run.look_at(teacher, flow, x0, noise[rows], t[rows], bf16, weight, cond)  # the last slice's
-            gradient = generator_learner.update(lr_factor)
-        log |= {name: torch.cat(values) for name, values in losses.items()}
-        run.log(**log, generator_gradient=gradient)
-    generator_learner.swap()
+                    flow_loss, l1, l2 = one_pass_losses(
+                        teacher, flow, leaf, noise[rows], t[rows], weight=weight, **cond)
+                if shared:
+                    learn_flow(x0.detach(), noise[rows], t[rows], seeds[rows], cond, flow_loss)
+                losses["l1"].append(l1.detach())
+                losses["l2"].append(l2.detach())
+                loss = l2 + l1_weight * l1 if l1_weight else l2
+                if extra is not None:
+                    with bf16:
+                        extra_loss = extra.generator_loss(flow, leaf, seeds[rows], cond)
+                    losses["extra_generator_loss"].append(extra_loss.detach())
+                    loss = loss + extra_loss
+                run.look_at(leaf, l1=l1, l2=l2)
+                (at_x0,) = torch.autograd.grad(loss_scale * loss.mean() / len(slices), leaf)
+            x0.backward(at_x0)
+        for name in learners if one_pass else ["generator"]:
+            gradients[f"{name}_gradient"] = learners[name].update(lr_factor)
+        run.log(**{name: torch.cat(values) for name, values in losses.items()}, **gradients)
+    learners["generator"].swap()
     return generator, run.seconds
 
 
@@ -409,7 +452,7 @@ def gathered(tensor):
 def wants_bf16(precision, device):
     """Whether passes run in bfloat16; weights, optimiser, t and losses stay in float32 either way."""
     check_settings(precision=precision)
-    available = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    available = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16" or (precision == "auto" and available)
 
 
@@ -425,6 +468,11 @@ def micro_batches(batch, micro_batch=None):
 
 
 TEACHER, ONLINE_FLOW, GENERATOR, SCORES = 0, 1, 2, 9  # what a draw is for, the second entry of its key
+
+
+@functools.cache
+def sobol_points(n, dims):
+    return torch.quasirandom.SobolEngine(dims, scramble=True, seed=0).draw(n)
 
 
 class Draws:
@@ -444,14 +492,24 @@ class Draws:
         self.rows = slice(process_rank() * share, (process_rank() + 1) * share)
 
     def normal(self, shape):
-        return torch.randn(self.batch, *shape, device=self.device, generator=self.generator)[self.rows]
+        whole = torch.randn(self.batch, *shape, device=self.device, generator=self.generator)
+        return whole[self.rows].clone()
 
     def sample_t(self, mean, std):
         return logit_normal(self.batch, mean, std, self.device, self.generator)[self.rows]
 
     def for_update(self, shape, mean, std):
-        """What one update of Algorithm 1 draws: z and noise [B, *shape], t [B], seeds [B]."""
-        return self.normal(shape), self.normal(shape), self.sample_t(mean, std), self.seeds()
+        """What one update of Algorithm 1 draws: z and noise [B, *shape], t [B], seeds [B].
+
+        In few dimensions quasi-random: Sobol points, shifted by one random vector (modulo 1) per update."""
+        d = math.prod(shape)
+        if d > 4:
+            return self.normal(shape), self.normal(shape), self.sample_t(mean, std), self.seeds()
+        shift = torch.rand(2 * d + 1, device=self.device, generator=self.generator)
+        points = (sobol_points(self.batch, 2 * d + 1).to(self.device) + shift) % 1  # [batch, 2D + 1]
+        z, noise, t = normal_quantile(points[self.rows]).split([d, d, 1], dim=1)  # each [B, D] or [B, 1]
+        t = torch.sigmoid(mean + std * t[:, 0])
+        return z.reshape(-1, *shape), noise.reshape(-1, *shape), t, self.seeds()  # [B, D] -> [B, *shape]
 
     def seeds(self):
         """A random integer per sample, int64 on the CPU, that chooses its data or condition: seed % n."""
@@ -477,8 +535,7 @@ class Learner:
         if {p.dtype for p in self.parameters.values()} not in ({torch.float32}, {torch.float64}):
             raise InputError("a network in training needs trainable parameters, all in float32: "
                              "bfloat16 weights would not move at these learning rates")
-        fused = world_size() == 1
-        self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, eps=eps, fused=fused)
+        self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, eps=eps, fused=True)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if ema_decay else {}
         self.updates = 0
 
@@ -508,43 +565,28 @@ class Learner:
 
 
 class Run:
-    """What surrounds a training loop. This one keeps nothing; parts/run.py's logs, saves and resumes.
+    """What surrounds a training loop. This one only watches; parts/run.py's logs, saves and resumes.
 
     A loop takes its step numbers from steps() and gives log() each step's scalars."""
 
     def steps(self, phase, steps, learners, settings):
-        """Yield the step numbers. learners: {name: Learner}, all that changes. Raises Diverged: see check."""
-        self.phase, self.first_bad, self.last_good, began = phase, None, None, time.perf_counter()
+        """Yield the step numbers. learners: {name: Learner}, all that changes."""
+        self.phase, began = phase, time.perf_counter()
         for self.step in range(steps):
             yield self.step
-            if self.step % 100 == 99 or self.step + 1 == steps:
-                self.check()
         self.seconds = time.perf_counter() - began  # of this loop
 
     def log(self, **terms):
-        """Scalars, or losses [B], in the order in which a fault would spread; does not wait for a GPU."""
-        values = torch.stack([value.detach().float().mean() for value in terms.values()])
-        if self.first_bad is None:
-            self.names, self.first_bad = list(terms), torch.full_like(values, math.inf)
-        self.first_bad = torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp(max=self.step))
-        return values
+        """Scalars, or losses [B], in the order in which a fault would spread. Raises Diverged."""
+        for name, value in terms.items():
+            if not value.isfinite().all():
+                raise Diverged(f"{self.phase} diverged: {name} is not finite at step {self.step}")
 
     def log_by_t(self, t, loss):
         """A loss [B] at the times t [B]."""
 
-    def look_at(self, teacher, flow, x0, noise, t, autocast, weight, cond):
-        """What a step has just worked on, for measurements that the log wants."""
-
-    def check(self):
-        """Raises Diverged if any scalar was not finite at any step so far. A collective call."""
-        first_bad = self.first_bad.clone()
-        if world_size() > 1:
-            dist.all_reduce(first_bad, dist.ReduceOp.MIN)
-        if first_bad.isfinite().any():
-            name, step = self.names[int(first_bad.argmin())], int(first_bad.min())
-            kept = self.last_good and f"the last good checkpoint is {self.last_good}"
-            raise Diverged(f"{self.phase} diverged: {name} is not finite at step {step}; "
-                           f"{kept or 'there is no checkpoint yet'}")
+    def look_at(self, x0, **losses):
+        """Losses [B] of x0 whose graphs are still there, for measurements that the log wants."""
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ PAPER = dict(
     save_every=250, log_every=10, picture_every=250, guidance=4.0, kimg=1920, batch=192, lr=5e-6,
     flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8,
     c_skip=1.0, l1_weight=0.0, weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0,
-    flow_updates=1, gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
+    flow_updates=1, one_pass=True, gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
 TINY = PAPER | dict(
     height=32, width=32, save_every=100, picture_every=100, kimg=4.8, batch=24, lr=2e-3, flow_lr=2e-3,

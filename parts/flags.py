@@ -65,6 +65,8 @@ DISTILLATION_FLAGS = {
                       2, ("MEAN", "STD")),
     "loss_scale": Setting(float, RANGES["loss_scale"], "factor of the generator's loss"),
     "flow_updates": Setting(int, RANGES["flow_updates"], "updates of the online flow per generator update"),
+    "one_pass": Setting(argparse.BooleanOptionalAction, None,
+                        "both networks learn from the same samples, at fewer passes a step"),
 }
 
 
@@ -146,4 +148,4 @@ def distillation_settings(args, steps):
     return training_settings(args) | dict(
         steps=steps, lr=args.lr, flow_lr=args.flow_lr, ema_decay=args.ema, l1_weight=args.l1_weight,
         t_generator=tuple(args.t_generator), weight=fgm.WEIGHTS[args.weight], loss_scale=args.loss_scale,
-        flow_updates=args.flow_updates)
+        flow_updates=args.flow_updates, one_pass=args.one_pass)

@@ -526,21 +526,33 @@ class FolderRun(fgm.Run):
             return False
 
     def log(self, **terms):
-        self.sums = self.sums + super().log(**terms)
+        """Does not wait for a GPU: check() raises Diverged later, and names the step."""
+        values = torch.stack([value.detach().float().mean() for value in terms.values()])
+        if self.first_bad is None:
+            self.names, self.first_bad = list(terms), torch.full_like(values, math.inf)
+        self.first_bad = torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp(max=self.step))
+        self.sums = self.sums + values
+
+    def check(self):
+        """Raises Diverged if any scalar was not finite at any step so far. A collective call."""
+        first_bad = self.first_bad.clone()
+        if world_size() > 1:
+            dist.all_reduce(first_bad, dist.ReduceOp.MIN)
+        if first_bad.isfinite().any():
+            name, step = self.names[int(first_bad.argmin())], int(first_bad.min())
+            kept = self.last_good and f"the last good checkpoint is {self.last_good}"
+            raise Diverged(f"{self.phase} diverged: {name} is not finite at step {step}; "
+                           f"{kept or 'there is no checkpoint yet'}")
 
     def log_by_t(self, t, loss):
         bins = (t * self.T_BINS).long().clamp(max=self.T_BINS - 1)
         self.bins.index_add_(1, bins, torch.stack([loss.detach().float(), torch.ones_like(t)]))
 
-    def look_at(self, teacher, flow, x0, noise, t, autocast, weight, cond):
-        """Root mean square over samples of the norms of dL1/dx0 and dL2/dx0, where a log line is due.
-
-        By passes of their own, because torch.compile does not let a graph be differentiated twice."""
-        for k, name in enumerate(("l1_gradient_at_x0", "l2_gradient_at_x0") if self.logging else ()):
-            x0 = x0.detach().requires_grad_()
-            with autocast:
-                loss = fgm.fgm_losses(teacher, flow, x0, noise, t, weight=weight, **cond)[k]
-            self.extras[name] = torch.autograd.grad(loss.sum(), x0)[0].norm() / len(x0) ** 0.5
+    def look_at(self, x0, **losses):
+        """Where a log line is due: the norm of each loss's gradient at x0, root mean square over samples."""
+        for name, loss in losses.items() if self.logging else ():
+            (gradient,) = torch.autograd.grad(loss.sum(), x0, retain_graph=True)
+            self.extras[f"{name}_gradient_at_x0"] = gradient.norm() / len(x0) ** 0.5
 
     def write_log(self, step):
         """One line of log.jsonl: means over the steps since the line before, over all processes."""
