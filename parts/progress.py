@@ -46,6 +46,7 @@ def draw(log, path):
     """Draw the curves of the log as a PNG file: online flow, generator, gradient norms, score."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     curves, teacher = read(log)
     panels = {
@@ -54,17 +55,21 @@ def draw(log, path):
         "gradient norms": [name for name in curves if "gradient" in name],
         "score of the one-step generator (lower is better)": ["score"],
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7))
     FigureCanvasAgg(figure)
     for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for name in [name for name in names if name in curves]:
             axis.plot(*curves[name], marker="." * (name == "score"), label=name.replace("_", " "))
         axis.set(title=title, xlabel="distillation steps")
-        axis.set_yscale("symlog" if "l2" in names else "log")
+        if "score" in names or title == "gradient norms":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter())
     for k, style in zip(teacher, (":", "--", "-"), strict=False):
         axis.axhline(teacher[k], color="black", linestyle=style, label=f"teacher, {k} step{'s' * (k != '1')}")
     for axis in figure.axes:
         if axis.lines:
             axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.08, top=0.95, wspace=0.15, hspace=0.3)
     figure.savefig(path, dpi=80)

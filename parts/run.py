@@ -432,7 +432,7 @@ class FolderRun(fgm.Run):
     goes on whatever changed; "no" removes the checkpoints of all phases now. fingerprint: further settings
     that a resumed run must share. picture(step, generator), if given, is called every picture_every steps
     and at the end of a distillation, with the averaged weights in place and without gradients; a dict of
-    numbers that it returns goes into the log, and progress.png is drawn then, twice a minute at most."""
+    numbers that it returns goes into the log. progress.png is drawn then, unless it was a moment ago."""
 
     PHASES = ("teacher", "distill")
     T_BINS = 10
@@ -488,10 +488,11 @@ class FolderRun(fgm.Run):
                 self.draw(learners["generator"], done)
             if self.logging:
                 self.write_log(done)
-            if drawing and process_rank() == 0 and (done == steps or time.perf_counter() > self.drawn + 30):
+            if drawing and process_rank() == 0 and (done == steps or time.perf_counter() > self.draw_after):
+                drawn = time.perf_counter()
                 with atomically(self.out / "progress.png") as temporary:
                     progress.draw(self.out / "log.jsonl", temporary)
-                self.drawn = time.perf_counter()
+                self.draw_after = drawn + 100 * (time.perf_counter() - drawn)  # 1 % of the time at most
             if done % self.save_every == 0 or done == steps:
                 self.check()
                 seconds = time.perf_counter() - began
@@ -509,7 +510,7 @@ class FolderRun(fgm.Run):
 
     def open_log(self, start, batch, device):
         self.batch, self.logged, self.since, self.extras = batch, start, time.perf_counter(), {}
-        self.scores, self.drawn = {}, self.since
+        self.scores, self.draw_after = {}, 0.0
         self.sums, self.bins = 0, torch.zeros(2, self.T_BINS, device=device)
         path = self.out / "log.jsonl"
         if process_rank() == 0 and path.exists():  # drop what was logged after the checkpoint
