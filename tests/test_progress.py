@@ -3,35 +3,10 @@
 import json
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from test_training import finished  # noqa: F401
 
-import fgm
-import toy2d
 from parts import images, progress
-
-
-def test_the_log_holds_the_scores_of_generator_and_teacher(finished):  # noqa: F811
-    """The last point is the energy distance of the generator that was written, on the noise of the run."""
-    out = finished[0]
-    curves, teacher = progress.read(out / "log.jsonl")
-    assert curves["score"][0] == [40] and curves["flow_loss"][0] == [10, 20, 30, 40]
-    net = toy2d.VelocityMLP()
-    test, z = toy2d.toy_data("8gaussians", 500, 1), fgm.Draws(500, "cpu", 0, fgm.SCORES).normal((2,))
-
-    def distance(name, draw):
-        net.load_state_dict(load_file(out / f"{name}.safetensors"))
-        with torch.no_grad():
-            return toy2d.energy_distance(draw(net), test)
-
-    assert curves["score"][1] == [distance("generator", lambda net: fgm.OneStepGenerator(net, 0.8)(z))]
-    expected = {str(k): distance("teacher", lambda net, k=k: fgm.sample_ode(net, z, k)) for k in (1, 10, 50)}
-    assert teacher == pytest.approx(expected)
-    with Image.open(out / "progress.png") as picture:
-        assert picture.size == (880, 560)
 
 
 def test_progress_shows_a_run_whose_numbers_are_no_longer_finite(tmp_path):

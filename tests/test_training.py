@@ -15,11 +15,12 @@ import time
 import pytest
 import torch
 from helpers import ENV, ROOT, command, drive
+from PIL import Image
 from safetensors.torch import load_file
 
 import fgm
 import toy2d
-from parts import run
+from parts import progress, run
 from parts.flags import Setting
 
 SMALL = ["--device", "cpu", "--batch", "16", "--teacher-steps", "30", "--steps", "40", "--save-every", "10"]
@@ -113,6 +114,26 @@ def test_lambdas_and_partials_are_told_apart_in_settings():
         lambda t, u, target: t, lambda t, u, target: 2 * t, lambda t, u, target: t**2,
         functools.partial(fgm.logit_normal, 1), functools.partial(fgm.logit_normal, 2), fgm.sid_weight)}
     assert len(names) == 6 and "sid_weight" in names and json.dumps(sorted(names))
+
+
+def test_the_log_holds_the_scores_of_generator_and_teacher(finished):
+    """The last point is the energy distance of the generator that was written, on the noise of the run."""
+    out = finished[0]
+    curves, teacher = progress.read(out / "log.jsonl")
+    assert curves["score"][0] == [40] and curves["flow_loss"][0] == [10, 20, 30, 40]
+    net = toy2d.VelocityMLP()
+    test, z = toy2d.toy_data("8gaussians", 500, 1), fgm.Draws(500, "cpu", 0, fgm.SCORES).normal((2,))
+
+    def distance(name, draw):
+        net.load_state_dict(load_file(out / f"{name}.safetensors"))
+        with torch.no_grad():
+            return toy2d.energy_distance(draw(net), test)
+
+    assert curves["score"][1] == [distance("generator", lambda net: fgm.OneStepGenerator(net, 0.8)(z))]
+    expected = {str(k): distance("teacher", lambda net, k=k: fgm.sample_ode(net, z, k)) for k in (1, 10, 50)}
+    assert teacher == pytest.approx(expected)
+    with Image.open(out / "progress.png") as picture:
+        assert picture.size == (880, 560)
 
 
 def test_another_teacher_is_not_taken_for_the_first(finished, tmp_path):
