@@ -123,9 +123,11 @@ def load_component(folder, name, dtype):
         "text_encoder": transformers.CLIPTextModelWithProjection,
         "text_encoder_2": transformers.CLIPTextModelWithProjection,
         "text_encoder_3": transformers.T5EncoderModel}
+    diffuses = issubclass(kinds[name], diffusers.ModelMixin)
+    precision = {"torch_dtype" if diffuses else "dtype": dtype}  # diffusers 0.36 passes over "dtype"
     try:
         network, loading = kinds[name].from_pretrained(
-            Path(folder) / name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            Path(folder) / name, use_safetensors=True, output_loading_info=True, **precision)
     except Exception as error:  # the libraries raise what they like
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"cannot load {Path(folder) / name} ({reason})") from error

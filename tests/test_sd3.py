@@ -20,7 +20,7 @@ from parts.captions import PROMPTS, captioned_digits, captions, judge
 from parts.images import save_grid, to_uint8
 from parts.mmdit import GAN, memory_estimate, networks
 from parts.pipeline import draw, export, open_pipeline
-from parts.prompts import Embeddings, encode_prompts, grammar, text_pipeline
+from parts.prompts import Embeddings, encode_prompts, grammar, load_component, text_pipeline
 from parts.run import noise_from
 
 SMALL = [
@@ -314,6 +314,11 @@ def test_embeddings_are_the_pipelines_own_and_resume(model, embeddings, tmp_path
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == when
     with pytest.raises(fgm.InputError, match="another prompts"):
         encode_prompts(model, prompts[1:], tmp_path, CPU, torch.float32)
+
+
+def test_components_are_loaded_in_the_precision_asked_for(model):
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_3"):
+        assert {p.dtype for p in load_component(model, name, torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 def test_grammar_makes_different_prompts_and_the_same_ones_again():
