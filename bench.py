@@ -31,6 +31,7 @@ import tiny_sd3
 import toy2d
 from parts import edm, images, mmdit
 from parts.flags import COUNT, Parser, Setting, add_flags
+from parts.memory import free_bytes, largest_micro_batch, needs
 from parts.pipeline import quiet
 from parts.run import FolderRun, command, open_folder, setup, write_json
 
@@ -59,7 +60,9 @@ def digits(device, batch=128):
 
 
 def cifar10(device):
-    return unet(device, 256 if device.type == "cuda" else 8, 32, 3)
+    subject = unet(device, 256 if device.type == "cuda" else 8, 32, 3)
+    need = needs(subject.net, subject.shape, 10, bf16=False)
+    return subject._replace(batch=largest_micro_batch(subject.batch, free_bytes(device), need, bf16=False))
 
 
 def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, config=tiny_sd3.TRANSFORMER):
@@ -114,7 +117,7 @@ def intervals(marks):
 
 
 def step_times(subject, steps, **settings):
-    """Seconds of fgm.distill's steps but the first and last, told apart by its two calls for conditions."""
+    """Seconds of fgm.distill's steps but the first and last, told apart by its calls for conditions."""
     teacher, flow, net, shape, batch, conditions = subject
     marks = []
 
@@ -122,29 +125,28 @@ def step_times(subject, steps, **settings):
         marks.append(now())
         return conditions(seeds)
 
-    settings = dict(steps=steps + 2, batch=batch, conditions=timed, lr=1e-6, precision="fp32") | settings
+    settings = dict(steps=steps + 2, batch=batch, conditions=timed, lr=1e-6, precision="fp32",
+                    one_pass=True) | settings
     fgm.distill(teacher, fgm.OneStepGenerator(net, 0.97), flow, shape, **settings)
-    return intervals(marks[::2])
+    return intervals(marks if settings["one_pass"] else marks[::2])
 
 
 def bare_passes(subject, precision="fp32"):
-    """A function that makes the passes of one step and nothing else: generator forward; flow forward and
-    backward; generator forward and backward; teacher and flow forward and gradient of the input."""
+    """A function that makes the passes of one step and nothing else: generator, teacher and flow forward;
+    teacher and flow back to their input; flow and generator backward."""
     teacher, flow, net, shape, batch, conditions = subject
     device = next(net.parameters()).device
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x, gradient = torch.randn(batch, *shape, device=device), torch.randn(batch, *shape, device=device)
     t, cond = torch.rand(batch, device=device), conditions(torch.arange(batch))
 
     def passes():
+        leaf = x.clone().requires_grad_()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            with torch.no_grad():
-                net(x, t, **cond)
-            flow(x, t, **cond).backward(gradient.to(dtype))
-            with fgm.frozen(teacher, flow):
-                leaf = x.clone().requires_grad_()
-                outputs = net(x, t, **cond), teacher(leaf, t, **cond), flow(leaf, t, **cond)
-                torch.autograd.backward(outputs, [gradient.to(v.dtype) for v in outputs])
+            x0 = net(x, t, **cond)
+            with fgm.frozen(teacher):
+                u, v = teacher(leaf, t, **cond), flow(leaf, t, **cond)
+        torch.autograd.grad([u, v], leaf, [gradient.to(u.dtype), gradient.to(v.dtype)], retain_graph=True)
+        torch.autograd.backward([v, x0], [gradient.to(v.dtype), gradient.to(x0.dtype)])
         flow.zero_grad()
         net.zero_grad()
 
@@ -226,6 +228,9 @@ def step_rows(device, args):
             peak = next((value for key, value in PEAK.items() if key in torch.cuda.get_device_name()), None)
             found |= {"tflops": rate / 1e12, "share_of_bf16_peak": rate / peak if peak else None}
         yield f"step / bare passes: {name}, {precision}" + ", compiled" * compile, found
+        if not compile:
+            twice = partial(step_times, subject, number, precision=precision, one_pass=False)
+            yield f"two passes / one pass: {name}, {precision}", ratio(twice, step, args.repeats)
 
 
 def memory_rows(device, args):
@@ -271,20 +276,23 @@ def scaling_rows(device, args):
         large = small._replace(batch=32 * times)
         found = ratio(partial(step_times, large, 3), partial(step_times, small, 3), args.repeats, 1 / times)
         yield f"cost of an image, batch {32 * times} / batch 32: digits", found
-    found = spread([one / two for one, two in zip(images_per_s(1), images_per_s(2), strict=True)])
-    yield "seconds an image, 2 processes / 1, same batch and cores: digits", found
+    try:
+        ratios = [a / b for a, b in zip(images_per_s(1, device), images_per_s(2, device), strict=True)]
+        yield "seconds an image, 2 processes / 1, same batch and cores: digits", spread(ratios)
+    except subprocess.CalledProcessError as error:  # fewer than two GPUs, say
+        print("no row for two processes:", error.stderr.partition("cifar.py: ")[2].partition("\n")[0])
 
 
-def images_per_s(processes):
+def images_per_s(processes, device):
     """What cifar.py logs while it distils digits, but the first; the processes share our cores."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    flags = "--data digits --cond --teacher-kimg 0.128 --kimg 2.56 --log-every 5 --samples 20".split()
+    flags = "--data digits --cond --teacher-kimg .128 --kimg 2.56 --log-every 5 --samples 20 --device".split()
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
     with tempfile.TemporaryDirectory() as out:
-        parts = [*launcher, Path(__file__).with_name("cifar.py"), *flags, "--out", out]
-        subprocess.run(parts, env=env, check=True, capture_output=True)
+        parts = [*launcher, Path(__file__).with_name("cifar.py"), *flags, device.type, "--out", out]
+        subprocess.run(parts, env=env, check=True, capture_output=True, text=True)
         log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [record["images_per_s"] for record in log if record["phase"] == "distill"][1:]
 
@@ -293,18 +301,15 @@ def running_rows(device, args):
     """Extra time of steps that log, save or draw, over cifar.py's default intervals, as a share of all."""
     subject, share, never = digits(device), {"logging": [], "checkpoints": [], "pictures": []}, 10**9
 
-    def draw(sampler, n):
-        return images.draw_images(sampler, n, subject.shape, 10, device)[0]
-
-    real = images.load_images("digits").pixels
+    settings = {"log_every": 3}, {"save_every": 3}, {"picture_every": 3}
     for _ in range(args.repeats):
-        for what in share:
+        for what, special in zip(share, settings, strict=True):
             with tempfile.TemporaryDirectory() as folder:
-                special = {
-                    "logging": {"log_every": 3}, "checkpoints": {"save_every": 3},
-                    "pictures": {"picture_every": 3, "picture": images.pictures(
-                        Path(folder), real, subject.teacher, draw, 500)}}[what]
                 run = FolderRun(folder, **{"save_every": never, "log_every": never} | special)
+                if what == "pictures":
+                    run.picture = images.pictures(
+                        run.out, images.load_images("digits").pixels, subject.teacher,
+                        lambda sampler, n: images.draw_images(sampler, n, subject.shape, 10, device)[0], 500)
                 times = step_times(subject, 9, run=run)
             usual = statistics.median(times[0::3] + times[2::3])
             extra = statistics.median(times[1::3]) - usual
@@ -334,8 +339,8 @@ def main():
         open_folder(Path(args.json).parent)  # raises now, not when all is measured
     keep_memory()
     quiet()
-    gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else threads
     print(f"{name}, torch {torch.__version__}, {args.repeats} repeats")
     print(f"{'':72}{'median':>9}{'range':>18}{'seconds':>22}")
     for part in args.only:

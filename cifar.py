@@ -23,7 +23,7 @@ import torch
 
 import fgm
 from fgm import InputError
-from parts import flags, images, run
+from parts import flags, images, memory, run
 from parts.bars import bar
 from parts.edm import Block, EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from parts.flags import Setting
@@ -99,7 +99,8 @@ def arguments():
     parser = flags.Parser(
         prog="cifar.py",
         description="Train, distil, sample and score a one-step image generator (FGM, arXiv 2410.19310).",
-        epilog="The defaults shown are the paper's; add --data digits to see those of the digits.")
+        epilog="The defaults shown are the paper's, but for --lr-warmup, the teacher's Adam (beta1 0.9) and "
+               "the start, which it does not state; add --data digits to see those of the digits.")
     groups = {
         "data": DATA_FLAGS,
         "run": OUT_FLAGS | flags.RUN_FLAGS | flags.PICTURE_FLAG,
@@ -126,12 +127,10 @@ def default_out(args):
 
 def draw_from_files(args, device):
     """--sample: images of a finished run, or of a network file alone."""
-    if args.out:
-        out = Path(args.out)
-    elif args.generator:
+    if args.generator and not args.out:
         out = Path(args.generator).parent
     else:
-        out = default_out(args)
+        out = Path(args.out or default_out(args))
     sampler, network = sampler_from_file(args, out, device)
     began = time.perf_counter()
     pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), network["label_dim"],
@@ -141,14 +140,12 @@ def draw_from_files(args, device):
         return
     kind = f"{args.ode_steps}-steps" if args.ode_steps else "one-step"
     target = run.open_folder(out) / f"samples-{kind}"
-    written = [f"{target}.png"]
     images.save_grid(f"{target}.png", pixels[:1000])
     if args.npz:
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # [N, C, R, R] -> [N, R, R, C]
         with run.atomically(f"{target}.npz") as temporary:
             np.savez(temporary, images=arrays, labels=labels.numpy())
-        written.append(f"{target}.npz")
-    print(f"{len(pixels)} images in {seconds:.2f} s: {', '.join(written)}")
+    print(f"{len(pixels)} images in {seconds:.2f} s: {target}.png" + f", {target}.npz" * args.npz)
 
 
 def sampler_from_file(args, out, device):
@@ -220,16 +217,22 @@ def main():
     net, network = initial_network(args, real, label_dim)
     out = run.open_folder(args.out or default_out(args))
     judge, floor = prepare_scores(args, real, device)
-    net = net.to(device)
+    net, shape = net.to(device), image_shape(network)
+    memory.settle_micro_batch(args, net, shape, label_dim)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
         run.shard(module, [block for block in module.modules() if isinstance(block, Block)])
     data, conditions = images.data_functions(real, label_dim, args.flip, device)
-    shape = image_shape(network)
     description = {"network": network, "data": args.data, "classes": real.classes}
     folder_run = run.folder_run(args, out)
     folder_run.fingerprint = {
         "data": args.data, "network": network, "teacher": args.teacher, "flip": args.flip}
+    generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
+    settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
+
+    # One distillation step now: what would stop it should not do so after the teacher's training.
+    fgm.distill(teacher, generator, flow, shape, conditions=conditions,
+                **settings | {"steps": 1, "compile": False})
 
     # The teacher, by ReFlow (3.6).
     teacher_seconds = 0.0
@@ -250,17 +253,14 @@ def main():
     folder_run.picture = images.pictures(out, real.pixels, teacher, draw, min(args.samples, 500))
     folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher)}
     generator, distill_seconds = fgm.distill(
-        teacher, fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out), flow, shape,
-        conditions=conditions, run=folder_run,
-        **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
+        teacher, generator, flow, shape, conditions=conditions, run=folder_run, **settings)
     description |= {"generator": generator.coefficients()}
     run.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(description)})
 
     # Samples, scores, pictures.
     began = time.perf_counter()
-    samplers = {steps: partial(fgm.sample_ode, teacher, steps=steps) for steps in (1, 10, 50)}
-    if args.fid:
-        samplers[100] = partial(fgm.sample_ode, teacher, steps=100)
+    steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)
+    samplers = {number: partial(fgm.sample_ode, teacher, steps=number) for number in steps}
     samplers["one step"] = generator
     rows = score(args, real, judge, samplers, label_dim, device, out)
     if fgm.process_rank() == 0:

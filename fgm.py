@@ -478,9 +478,8 @@ def sobol_points(n, dims):
 class Draws:
     """The random numbers of one update, a function of the key (seed, purpose, step, ...) and of nothing else.
 
-    So a resumed run needs no stored generator states, and the global batch is the same for any number of
-    processes that share it: each draws the whole batch and keeps its own rows. The order of the calls
-    matters. torch's default generator (dropout) is seeded too, differently on each process."""
+    So a resumed run needs no stored generator states, and any number of processes shares the same batch:
+    each draws the whole and keeps its rows. torch's default generator (dropout) is seeded too."""
 
     def __init__(self, batch, device, *key):
         device, self.random = torch.device(device), np.random.default_rng(key)
@@ -512,7 +511,7 @@ class Draws:
         return z.reshape(-1, *shape), noise.reshape(-1, *shape), t, self.seeds()  # [B, D] -> [B, *shape]
 
     def seeds(self):
-        """A random integer per sample, int64 on the CPU, that chooses its data or condition: seed % n."""
+        """A random int64 per sample, on the CPU, that chooses its data or condition: seed % n."""
         return torch.from_numpy(self.random.integers(2**63, size=self.batch))[self.rows]
 
 
@@ -565,16 +564,14 @@ class Learner:
 
 
 class Run:
-    """What surrounds a training loop. This one only watches; parts/run.py's logs, saves and resumes.
-
-    A loop takes its step numbers from steps() and gives log() each step's scalars."""
+    """What surrounds a training loop. This one only watches; parts/run.py's logs, saves and resumes."""
 
     def steps(self, phase, steps, learners, settings):
         """Yield the step numbers. learners: {name: Learner}, all that changes."""
         self.phase, began = phase, time.perf_counter()
         for self.step in range(steps):
             yield self.step
-        self.seconds = time.perf_counter() - began  # of this loop
+        self.seconds = time.perf_counter() - began
 
     def log(self, **terms):
         """Scalars, or losses [B], in the order in which a fault would spread. Raises Diverged."""

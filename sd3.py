@@ -61,7 +61,7 @@ MODEL_FLAGS = {
 }
 OUT_FLAG = {"out": Setting(str, None, "output folder")}
 RECIPE_FLAGS = {
-    "paper": Setting(bool, None, "the paper's settings on any model"),
+    "paper": Setting(bool, None, "the paper's settings, not the miniature's, on a miniature too"),
     "checkpointing": Setting(argparse.BooleanOptionalAction, None,
                              "recompute activations in the backward pass (default: on a GPU)"),
 }
@@ -73,8 +73,8 @@ METHOD_FLAGS = {
 GAN_FLAGS = {
     "real": Setting(str, None, "real images, captions in metadata.jsonl or NAME.txt; turns the GAN on",
                     metavar="DIR"),
-    "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss"),
-    "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss"),
+    "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss, both per element"),
+    "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss, both per element"),
 }
 SCORE_FLAGS = {
     "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
@@ -94,7 +94,9 @@ def arguments():
     parser = flags.Parser(
         prog="sd3.py",
         description="Distil Stable Diffusion 3 into a one-step pipeline (FGM, arXiv 2410.19310).",
-        epilog="The defaults are SD3's; name a folder of tiny_sd3.py with --model to see the miniature's.")
+        epilog="The defaults are the paper's for SD3, but for what it does not give: --kimg, --ema, "
+               "t in the GAN (here --t-flow), intervals, samples. Name a folder of tiny_sd3.py with --model "
+               "to see the miniature's.")
     groups = {
         "model and prompts": MODEL_FLAGS,
         "run": OUT_FLAG | flags.RUN_FLAGS | flags.PICTURE_FLAG | RECIPE_FLAGS,
@@ -181,23 +183,30 @@ def latent_shape(args, folder, config):
     return config["in_channels"], height, width
 
 
-def print_memory(args, config, bf16, text_tokens, shape):
-    processes = fgm.world_size()
-    parts = memory_estimate(config, args.lora, args.checkpointing, bf16,
-                            args.micro_batch or args.batch // processes, *shape[1:], text_tokens,
-                            args.guidance, processes, args.ema is not None)
-    total = sum(parts.values())
-    listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
-    print(f"memory per process, estimated: {total / 1e9:.2f} GB ({listed})")
-    if torch.cuda.is_available() and total > (available := torch.cuda.mem_get_info()[1]):
+def print_memory(args, folder, config, bf16, shape):
+    """The memory that a process needs, by phase, and in a step by what it is for."""
+    processes, tokenizer = fgm.world_size(), run.read_json(folder / "tokenizer" / "tokenizer_config.json")
+    text_tokens = tokenizer["model_max_length"] + 256  # CLIP's and T5's
+    step = memory_estimate(config, args.lora, args.checkpointing, bf16,
+                           args.micro_batch or args.batch // processes, *shape[1:], text_tokens,
+                           args.guidance, processes, args.ema is not None, args.one_pass,
+                           args.one_pass and list(args.t_flow) == list(args.t_generator))
+    phases = {"a step": sum(step.values())}
+    phases |= pipeline.memory_around(folder, bf16, (args.height, args.width), step["weights, Adam, EMA"])
+    peak = max(phases, key=phases.get)
+    for title, parts in ((f"{phases[peak] / 1e9:.2f} GB, in {peak}", phases), ("a step", step)):
+        listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
+        print(f"memory per process, estimated: {title} ({listed})")
+    if torch.cuda.is_available() and phases[peak] > (available := torch.cuda.mem_get_info()[1]):
         print(f"that is more than the {available / 1e9:.0f} GB of the device: "
               "try --lora 64, --micro-batch 1, --checkpointing, a smaller size, or more processes")
 
 
-def make_gan(args, folder, images, captions, config, shape, device, dtype, out):
-    """The GAN on uint8 images [N, 3, H, W] with their captions, encoded by the pipeline in folder."""
+def make_gan(args, folder, paths, captions, config, shape, device, dtype, out):
+    """The GAN on image files with their captions, both encoded by the pipeline in folder."""
     encode_prompts(folder, captions, out / "captions", device, dtype)
-    latents = pipeline.encode_images(folder, images, out / "latents.safetensors", device)
+    size = args.height, args.width
+    latents = pipeline.encode_images(folder, paths, size, shape, out / "latents", device, dtype)
     embeddings = Embeddings(out / "captions", len(captions), device)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     grid = (shape[1] // config["patch_size"], shape[2] // config["patch_size"])
@@ -275,22 +284,19 @@ def main():
     if is_miniature(folder):
         for prompt in prompts:
             digit_of(prompt)  # raises now, not at the scores, for one that names no digit
-    images, captions = pipeline.load_real(args.real, (args.height, args.width)) if args.real else (None, [])
+    paths, captions = pipeline.load_real(args.real, (args.height, args.width)) if args.real else ([], [])
     out = run.open_folder(args.out)
+    if fgm.process_rank() == 0:
+        print_memory(args, folder, config, bf16, shape)
     torch.manual_seed(args.seed)
     cache = Path(args.embeddings or out / "embeddings")
     encode_prompts(folder, prompts, cache, device, dtype)
     embeddings = Embeddings(cache, len(prompts), device)
-    if fgm.process_rank() == 0:
-        text_tokens = embeddings.null["encoder_hidden_states"].shape[1]
-        print_memory(args, config, bf16, text_tokens, shape)
+    gan = args.real and make_gan(args, folder, paths, captions, config, shape, device, dtype, out)
 
     # The networks.
     teacher, flow, net = networks(folder, args.lora, args.checkpointing, bf16, device, bool(args.real))
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in)
-    gan = None
-    if args.real:
-        gan = make_gan(args, folder, images, captions, config, shape, device, dtype, out)
 
     # Distillation, Algorithm 1.
     guided = fgm.Guided(teacher, args.guidance, embeddings.null)
@@ -302,12 +308,14 @@ def main():
                 sampler(run.noise_from(i + first, shape, device), **embeddings(i * len(prompts) // n))
                 for i in torch.arange(n).split(args.micro_batch or n)])
 
-    few, judged = min(args.samples, 32), None
-    if is_miniature(folder):
-        named = [prompts[i * len(prompts) // few] for i in range(few)]
-        judged = lambda images: judge(images, named)[1]  # noqa: E731
+    few = min(args.samples, 32)
+
+    def judged(images):
+        return judge(images, [prompts[i * len(prompts) // few] for i in range(few)])[1]
+
     folder_run = run.folder_run(args, out)
-    folder_run.picture = pipeline.pictures(folder, out, guided, draw, few, judged)
+    folder_run.picture = pipeline.pictures(
+        folder, out, guided, draw, few, judged if is_miniature(folder) else None)
     folder_run.fingerprint = {
         "model": str(args.model), "lora": args.lora, "prompts": len(prompts), "guidance": args.guidance,
         "height": args.height, "width": args.width, "real": args.real,

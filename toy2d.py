@@ -1,7 +1,8 @@
 """The 2-D suite: five data sets, a small velocity network, the energy distance.
 
     python toy2d.py                                # 8 Gaussians: train a teacher, distil it, score both
-    python toy2d.py --data checkerboard            # or moons, spiral, rings
+    python toy2d.py --data checkerboard --movie    # or moons, spiral, rings; with movie.gif
+    python toy2d.py --data all                     # all five, one table
     python toy2d.py --l1-weight 0 --out runs/l2    # the paper's practice on images: L2 alone
     torchrun --nproc-per-node 2 toy2d.py           # the same run, sharded over two processes
 
@@ -11,6 +12,7 @@ toy2d.ipynb verifies the theory on these data sets and shows how distillation go
 import copy
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +22,9 @@ import fgm
 from fgm import InputError
 from parts import flags
 from parts.flags import Setting
+from parts.points import draw_frame, draw_panels, write_movie
 from parts.progress import scores
-from parts.run import atomically, command, fingerprint_of, folder_run, save_weights, setup, shard, write_json
+from parts.run import command, fingerprint_of, folder_run, save_weights, setup, shard, write_results
 
 # ------------------------------------------------------------------------------------------------------------
 # Data, network, distance
@@ -57,18 +60,29 @@ def toy_data(name, n, seed=0):
 
 
 class VelocityMLP(nn.Module):
-    """A velocity network for vectors: x [B, D], t [B] -> [B, D]; t enters by cos, sin k pi t, k to freqs."""
+    """A velocity network for vectors of about unit variance: x [B, D], t [B] -> [B, D].
 
-    def __init__(self, dim=2, width=128, depth=4, freqs=8):
+    v = ((2t - 1) x - sqrt(q) F) / q with q = t^2 + (1 - t)^2, the variance of x_t: the velocity of Gaussian
+    data minus a correction of unit size, as EDM preconditions a denoiser (arXiv 2206.00364). F sees random
+    Fourier features of x (arXiv 2006.10739), without which an MLP learns sharp edges last, and those of t."""
+
+    def __init__(self, dim=2, width=128, depth=4, freqs=32, times=8):
         super().__init__()
-        self.register_buffer("frequencies", math.pi * torch.arange(1, freqs + 1))
-        widths = [dim + 2 * freqs] + [width] * depth
+        self.register_buffer("x_frequencies", math.pi * torch.randn(dim, freqs))  # half a cycle per unit
+        self.register_buffer("t_frequencies", math.pi * torch.arange(1, times + 1))
+        widths = [dim + 2 * freqs + 2 * times] + [width] * depth
         layers = [layer for i in range(depth) for layer in (nn.Linear(widths[i], widths[i + 1]), nn.SiLU())]
         self.net = nn.Sequential(*layers, nn.Linear(width, dim))
+        nn.init.zeros_(self.net[-1].weight)
 
     def forward(self, x, t):
-        angle = t[:, None] * self.frequencies.to(t.dtype)  # [B, freqs]
-        return self.net(torch.cat([x, angle.cos(), angle.sin()], 1))
+        t = t[:, None]  # [B] -> [B, 1]
+        q = t**2 + (1 - t) ** 2
+        scaled = x / q.sqrt()
+        phase = (scaled[:, :, None] * self.x_frequencies).sum(1)  # [B, D, freqs] -> [B, freqs]
+        angle = t * self.t_frequencies.to(t.dtype)  # [B, times]
+        features = torch.cat([scaled, phase.cos(), phase.sin(), angle.cos(), angle.sin()], 1)
+        return (2 * t - 1) / q * x - self.net(features) / q.sqrt()
 
 
 def energy_distance(x, y, directions=32):
@@ -96,20 +110,23 @@ def energy_distance(x, y, directions=32):
 
 # Swept on the five data sets, for a minute on a laptop.
 DEFAULTS = dict(
-    teacher_steps=3000, teacher_lr=2e-3, steps=3600, batch=1024, lr=2e-3, flow_lr=4e-3, lr_warmup=100,
-    lr_decay=2 / 3, clip=1.0, ema=0.99, t_star=0.8, c_in=1.0, c_skip=1.0, l1_weight=1.0, weight="none",
-    t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1, one_pass=True, samples=50_000,
-    save_every=1000, log_every=100, picture_every=400,
+    teacher_steps=3000, teacher_lr=4e-3, steps=3600, batch=512, lr=2e-3, flow_lr=4e-3,
+    lr_warmup=100, lr_decay=2 / 3, clip=1.0, ema=0.99, t_star=0.5, c_in=1.0, c_skip=1.0, l1_weight=1.0,
+    weight="noise", t_generator=(0.5, 2.5), t_flow=(0.5, 2.5), loss_scale=1.0, flow_updates=1, one_pass=True,
+    samples=50_000, save_every=1000, log_every=100, picture_every=400,
 )
 FLAGS = {
-    "data": Setting(str, list(DATA), "what the teacher learns"),
+    "data": Setting(str, [*DATA, "all"], "what the teacher learns; all: each in turn, in OUT/DATA"),
     "out": Setting(str, None, "output folder (default: runs/DATA)"),
     "teacher_steps": Setting(int, fgm.COUNT, "training steps of the teacher"),
     "teacher_lr": Setting(float, fgm.POSITIVE, "learning rate of the teacher"),
     "steps": Setting(int, fgm.COUNT, "distillation steps"),
     "samples": Setting(int, "[2, 1e7]", "samples that each distance is measured on"),
+    "movie": Setting(bool, None, "write movie.gif, the generator's samples over training"),
 }
 ODE_STEPS = (1, 2, 5, 10, 50)
+HEUN_STEPS = 25  # 49 evaluations
+FRAMES = 36
 
 
 def arguments():
@@ -125,15 +142,27 @@ def arguments():
 def main():
     args = arguments()
     device = setup(args.device)
+    fgm.micro_batches(args.batch, args.micro_batch)
+    out = Path(args.out or f"runs/{args.data}")
+    folders = {name: out / name for name in DATA} if args.data == "all" else {args.data: out}
+    runs = {name: folder_run(args, folder) for name, folder in folders.items()}  # locks all before one starts
+    found = {name: distil(args, name, device, run) for name, run in runs.items()}
+    if fgm.process_rank():
+        return
+    if args.data == "all":
+        write_results(out, {"settings": vars(args)}, {"metric": "energy distance", "data": found})
+    for name, metrics in found.items():
+        print_table(name, metrics, folders[name])
+
+
+def distil(args, name, device, run):
+    """Train a teacher of the data set name, distil it; returns the scores (on the first process)."""
+    began = time.perf_counter()
     torch.manual_seed(args.seed)
     net = VelocityMLP().to(device)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
-    fgm.micro_batches(args.batch, args.micro_batch)
-    run = folder_run(args, args.out or f"runs/{args.data}")
-    run.fingerprint = {"data": args.data}
-
-    began = time.perf_counter()
-    data = toy_data(args.data, 200_000, args.seed).to(device)
+    run.fingerprint = {"data": name}
+    data = toy_data(name, 200_000, args.seed).to(device)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for network in (teacher, flow, net):
         shard(network)
@@ -145,52 +174,64 @@ def main():
     flow.load_state_dict(teacher.state_dict())
     run.fingerprint |= {"teacher_weights": fingerprint_of(teacher)}
     few = min(args.samples, 5000)
-    test = toy_data(args.data, few, args.seed + 1)
-    z = fgm.Draws(few * fgm.world_size(), device, args.seed, fgm.SCORES).normal((2,))
-    run.picture = scores(teacher, lambda sampler: energy_distance(sampler(z), test))
+    test, z = toy_data(name, few, args.seed + 1), fgm.Draws(few, "cpu", args.seed, fgm.SCORES).normal((2,))
+    run.picture = scored = scores(teacher, lambda sampler: energy_distance(sampler(z.to(device)), test))
+    if args.movie:
+        run.picture_every = max(1, args.steps // FRAMES)
+        run.picture = lambda step, generator: (
+            draw_frame(run.out / "movie", step, generator, data, args.seed) or scored(step, generator))
     generator, distill_seconds = fgm.distill(
         teacher, generator, flow, (2,), run=run, **flags.distillation_settings(args, args.steps)
     )
     save_weights(teacher, run.out / "teacher.safetensors")
     save_weights(generator.net, run.out / "generator.safetensors")
     seconds = {"teacher": teacher_seconds, "distillation": distill_seconds}
-    score(args, device, teacher, generator, seconds, began, run.out)
+    return score(args, name, device, teacher, generator, seconds, began, run.out)
 
 
-def score(args, device, teacher, generator, seconds, began, out):
-    """Draw from teacher and generator with the same noise; write scores and a picture, print the table."""
+def score(args, name, device, teacher, generator, seconds, began, out):
+    """Draw from teacher and generator with the same noise; write scores and pictures, return the scores."""
     scoring = time.perf_counter()
-    test = toy_data(args.data, args.samples, args.seed + 1)
+    test = toy_data(name, args.samples, args.seed + 1)
     z = fgm.Draws(args.samples * fgm.world_size(), device, args.seed, fgm.SCORES).normal((2,))
-    drawn = {f"teacher, {k} step{'s' * (k > 1)}": fgm.sample_ode(teacher, z, k) for k in ODE_STEPS}
+    drawn = {steps: fgm.sample_ode(teacher, z, steps) for steps in ODE_STEPS}
+    heun = fgm.sample_ode(teacher, z, HEUN_STEPS, "heun")
     with torch.no_grad():
-        drawn["one-step generator"] = generator(z)
+        one_step = generator(z)
         slow = seconds_to_draw(lambda: fgm.sample_ode(teacher, z[:10_000], 50), 3)
         fast = seconds_to_draw(lambda: generator(z[:10_000]), 21)
     if fgm.process_rank():
-        return
-    scores = {name: energy_distance(x, test) for name, x in drawn.items()}
-    floors = [energy_distance(toy_data(args.data, args.samples, args.seed + 2 + i), test) for i in range(5)]
-    floor = (sum(f**2 for f in floors) / len(floors)) ** 0.5
+        return None
+    floors = [energy_distance(toy_data(name, args.samples, args.seed + 2 + i), test) for i in range(5)]
+    metrics = {
+        "metric": "energy distance", "samples": args.samples,
+        "noise_floor": (sum(floor**2 for floor in floors) / len(floors)) ** 0.5,
+        "teacher": {str(steps): energy_distance(x, test) for steps, x in drawn.items()},
+        "teacher_heun": {str(HEUN_STEPS): energy_distance(heun, test)},
+        "one_step": energy_distance(one_step, test), "draw_10000_s": {"50": slow, "one_step": fast},
+    }
+    panels = {"teacher, 1 step": drawn[1], "teacher, 50 steps": drawn[50], "one step": one_step}
+    draw_panels(out / "samples.png", {"data": test} | panels)
+    if args.movie:
+        write_movie(out / "movie", out / "movie.gif")
     now = time.perf_counter()
-    seconds |= {"scores": now - scoring, "all": now - began}
-    teacher_scores = {str(k): value for k, value in zip(ODE_STEPS, scores.values(), strict=False)}
-    write_json(out / "metrics.json", {
-        "metric": "energy distance", "samples": args.samples, "teacher": teacher_scores,
-        "one_step": scores["one-step generator"], "noise_floor": floor, "seconds": seconds,
-        "draw_10000_s": {"50": slow, "one_step": fast},
-    })
-    write_json(out / "config.json", {
-        "settings": vars(args) | {"out": str(out)}, "generator": generator.coefficients(),
-        "network": {"dim": 2, "width": 128, "depth": 4, "freqs": 8}, "torch": torch.__version__,
-        "processes": fgm.world_size(),
-    })
-    shown = ("teacher, 1 step", "teacher, 50 steps", "one-step generator")
-    draw_pictures(out / "samples.png", {"data": test} | {name: drawn[name] for name in shown})
-    print(f"{args.data}: energy distance to the data x 1000, {args.samples:,} samples")
-    for name, value in {"data against data (floor, rms of 5)": floor, **scores}.items():
-        print(f"  {name:36} {1000 * value:9.3f}")
-    print("  " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    metrics["seconds"] = seconds | {"scores": now - scoring, "all": now - began}
+    write_results(out, {
+        "settings": vars(args) | {"data": name, "out": str(out)}, "generator": generator.coefficients(),
+        "network": {"dim": 2, "width": 128, "depth": 4, "freqs": 32, "times": 8}}, metrics)
+    return metrics
+
+
+def print_table(name, metrics, out):
+    print(f"{name}: energy distance to the data x 1000, {metrics['samples']:,} samples")
+    rows = {"data against data (floor, rms of 5)": metrics["noise_floor"]}
+    for steps, value in metrics["teacher"].items():
+        rows[f"teacher, {steps} step{'s' * (steps != '1')}"] = value
+    rows |= {f"teacher, {steps} Heun steps": value for steps, value in metrics["teacher_heun"].items()}
+    for label, value in (rows | {"one-step generator": metrics["one_step"]}).items():
+        print(f"  {label:36} {1000 * value:9.3f}")
+    slow, fast = metrics["draw_10000_s"]["50"], metrics["draw_10000_s"]["one_step"]
+    print("  " + ", ".join(f"{phase} {value:.1f} s" for phase, value in metrics["seconds"].items()))
     print(f"  10,000 samples: {slow:.3f} s with 50 steps, {fast:.4f} s with one, "
           f"{slow / fast:.0f} times faster; see {out}/samples.png")
 
@@ -205,22 +246,6 @@ def seconds_to_draw(draw, repeats):
             torch.cuda.synchronize()
         spent.append(time.perf_counter() - began)
     return sorted(spent)[repeats // 2]
-
-
-def draw_pictures(path, panels):
-    """A row of scatter plots. panels: {title: samples [N, 2]}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.2), layout="constrained")
-    for axis, (title, x) in zip(axes, panels.items(), strict=True):
-        axis.scatter(*x[:10_000].cpu().T, s=0.5, alpha=0.4, linewidths=0)
-        axis.set(title=title, xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
-    with atomically(path) as temporary:
-        figure.savefig(temporary, dpi=80)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

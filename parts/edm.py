@@ -49,11 +49,19 @@ def linear(features_in, features_out, bias=True):
     return layer
 
 
-def group_norm(channels):
-    groups = min(32, channels // 4)
-    if channels % groups:
-        raise InputError(f"{channels} channels do not divide into {groups} groups; take multiples of 32")
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """In its input's dtype, with statistics in float32; CUDA's autocast would make the output float32."""
+
+    def __init__(self, channels):
+        groups = min(32, channels // 4)
+        if channels % groups:
+            raise InputError(f"{channels} channels do not divide into {groups} groups; take multiples of 32")
+        super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class Block(nn.Module):
@@ -62,17 +70,17 @@ class Block(nn.Module):
     def __init__(self, channels_in, channels_out, embedding, resample=None, attention=False, dropout=0.0):
         super().__init__()
         self.dropout = dropout
-        self.norm0 = group_norm(channels_in)
+        self.norm0 = GroupNorm(channels_in)
         self.conv0 = Conv(channels_in, channels_out, 3, resample)
         self.affine = linear(embedding, channels_out)
-        self.norm1 = group_norm(channels_out)
+        self.norm1 = GroupNorm(channels_out)
         self.conv1 = Conv(channels_out, channels_out, 3, gain=1e-5)
         self.skip = nn.Identity()
         if resample or channels_in != channels_out:
             self.skip = Conv(channels_in, channels_out, 1, resample)
         self.attention = attention
         if attention:
-            self.norm2 = group_norm(channels_out)
+            self.norm2 = GroupNorm(channels_out)
             self.qkv = Conv(channels_out, 3 * channels_out, 1, gain=math.sqrt(0.2))
             self.proj = Conv(channels_out, channels_out, 1, gain=1e-5)
 
@@ -146,7 +154,7 @@ class EDMUNet(nn.Module):
                 block = Block(width + widths.pop(), model_channels * mult, attention=attention, **shared)
                 self.dec[f"{size}x{size}_block{i}"] = block
                 width = model_channels * mult
-        self.dec[f"{size}x{size}_aux_norm"] = group_norm(width)
+        self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(width)
         self.dec[f"{size}x{size}_aux_conv"] = Conv(width, out_channels, 3, gain=1e-5)
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
@@ -163,7 +171,8 @@ class EDMUNet(nn.Module):
             embedding = embedding + self.map_augment(augment_labels)
         embedding = F.silu(self.map_layer0(embedding))  # [B, channel_mult_emb * model_channels]
         embedding = F.silu(self.map_layer1(embedding))
-        x = x.contiguous(memory_format=torch.channels_last)  # fastest for convolutions; every layer keeps it
+        if x.device.type == "cpu":  # CUDA's group norm would make every tensor contiguous again
+            x = x.contiguous(memory_format=torch.channels_last)  # fastest for convolutions; layers keep it
         skips = []
         for block in self.enc.values():
             x = block(x, embedding) if isinstance(block, Block) else block(x)

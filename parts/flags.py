@@ -44,7 +44,7 @@ RUN_FLAGS = {
 PICTURE_FLAG = {"picture_every": Setting(int, COUNT, "distillation steps between pictures", metavar="STEPS")}
 DISTILLATION_FLAGS = {
     "batch": Setting(int, COUNT, "global batch: micro-batch x accumulation x processes"),
-    "micro_batch": Setting(int, COUNT, "samples that a process takes at a time (default: all of its share)"),
+    "micro_batch": Setting(int, COUNT, "samples a process takes at a time (default: its share, if it fits)"),
     "lr": Setting(float, RANGES["lr"], "learning rate of the generator"),
     "flow_lr": Setting(float, RANGES["lr"], "learning rate of the online flow"),
     "lr_warmup": Setting(int, RANGES["lr_warmup"], "steps over which learning rates rise", metavar="STEPS"),

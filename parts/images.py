@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fgm import InputError, per_sample, process_rank, world_size
 from parts.bars import bar, batches
 from parts.progress import scores
-from parts.run import atomically, first_process, noise_from
+from parts.run import atomically, first_process, moved, noise_from
 
 # ------------------------------------------------------------------------------------------------------------
 # Pixels and image files
@@ -227,15 +227,15 @@ def data_functions(images, label_dim, flip, device):
     def conditions(seeds):
         if not label_dim:
             return {}
-        index = (seeds % n).to(device)
-        return {"class_labels": F.one_hot(labels[index], label_dim).float()}
+        return {"class_labels": F.one_hot(labels[moved(seeds, device) % n], label_dim).float()}
 
     def data(seeds):
-        x = to_float(pixels[(seeds % n).to(device)])
+        cond, seeds = conditions(seeds), moved(seeds, device)
+        x = to_float(pixels[seeds % n])
         if flip:
-            flipped = per_sample((seeds // n % 2).to(device) == 1, x)
+            flipped = per_sample(seeds // n % 2 == 1, x)
             x = torch.where(flipped, x.flip(3), x)
-        return x, conditions(seeds)
+        return x, cond
 
     return data, conditions
 
@@ -245,7 +245,12 @@ def data_functions(images, label_dim, flip, device):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=500, what=None):
+def images_at_once(shape):
+    """How many images [C, R, R] all processes together draw: 500, or fewer of more than 32x32."""
+    return max(1, 500 * 32**2 // max(32**2, shape[1] * shape[2]))
+
+
+def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=None, what=None):
     """n images of sampler(noise, **cond) -> x0, uint8 [n, *shape], and their labels [n], on every CPU.
 
     Image i has class classes[i % len(classes)] (by default all classes in turn) and noise that depends on
@@ -253,7 +258,7 @@ def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batc
     filled with images that are dropped, because sharded networks must be called by all processes. what: the
     title of a progress bar."""
     classes = torch.tensor(range(label_dim or 1) if classes is None else classes)
-    share = math.ceil(min(batch, n) / world_size())
+    share = math.ceil(min(batch or images_at_once(shape), n) / world_size())
     images = []
     for begin in batches(n, share * world_size(), what):
         indices = begin + process_rank() * share + torch.arange(share)

@@ -35,9 +35,17 @@ class SD3Velocity(nn.Module):
         if keep_features:
             transformer.transformer_blocks[FEATURE_BLOCK].register_forward_hook(self.keep)
 
-    @torch.compiler.disable  # else the old features, with their graph, become inputs of a compiled one
     def keep(self, block, inputs, output):
         self.features = output[1]
+
+    def compile(self, **settings):
+        """torch.compile each block by itself, and each layer around them: checkpointing, the adapters' switch
+        and hooks (FSDP's, keep) stay outside of the graphs."""
+        # A block meets 14 combinations of adapter, gradients and batch; by default dynamo gives up after 8.
+        torch._dynamo.config.recompile_limit = 64
+        for part in (*self.net.children(), *self.net.transformer_blocks):
+            if "forward" not in vars(part):  # two adapters share it
+                part.forward = torch.compile(part.forward, **settings)
 
     def forward(self, x, t, encoder_hidden_states, pooled_projections, skip_layers=None):
         self.t = t
@@ -126,6 +134,9 @@ class Adapter(nn.Module):
         with switched(self.switch, self.name):
             return self.shared[0](x, t, **cond)
 
+    def compile(self, **settings):
+        self.shared[0].compile(**settings)
+
     features = property(lambda self: self.shared[0].features)
     t = property(lambda self: self.shared[0].t)
 
@@ -184,11 +195,12 @@ def networks(folder, lora_rank, checkpointing, bf16, device, keep_features=False
 
 
 def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height, width, text_tokens, guidance,
-                    processes, ema):
+                    processes, ema, one_pass=True, shared=True):
     """Bytes a process needs at the peak of a step, by arithmetic: {what: bytes}.
 
-    height, width: of the latents. The peak is the start of the generator's backward pass, when the graphs of
-    generator, flow and teacher live together (beside the gradients, where they are accumulated). What a
+    height, width: of the latents. one_pass: as fgm.distill's, whose gradients of flow and generator live
+    together; shared: it shares the flow's pass as well. The peak is the start of the backward pass of the FGM
+    losses, when the graphs of generator, flow and teacher live together, beside accumulated gradients. What a
     transformer block keeps for its backward pass, in numbers of its width d per token: normed inputs, q k v,
     attention, 4 d twice in the feed-forward part, ...: 21 with weights in training, 17 with adapters, 10
     frozen, when neither the inputs of linear layers nor what multiplies the modulation are needed; autocast's
@@ -203,8 +215,8 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
             trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     number = 2 if bf16 else 4  # bytes of an activation, and of a frozen weight
 
-    # Frozen weights; weights and two moments of flow and generator; gradients of one of them, its average.
-    state = weights * number + 2 * trained * 12 + trained * (8 if ema else 4)
+    # Frozen weights; weights and Adam's second moment (beta1 is 0) of flow and generator; one's average.
+    state = weights * number + 2 * trained * 8 + trained * (4 if ema else 0)
     copies = 2 * weights * (1 if checkpointing else 2) if bf16 and not lora_rank and processes == 1 else 0
     unsharded = 2 * weights / config["num_layers"] * number if processes > 1 else 0
 
@@ -213,10 +225,12 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
     in_training, frozen = (17 if lora_rank else 21) + bf16 * (2 if lora_rank else 4), 10 + bf16 * 2
     teachers = 2 if guidance != 1 else 1  # samples that the teacher sees for one of ours
     at_work = max(in_training + 8, teachers * (frozen + 8)) if checkpointing else teachers * 8
-    between = 2 + teachers if checkpointing else in_training + (1 + teachers) * frozen
+    flow = in_training if shared else frozen
+    between = 2 + teachers if checkpointing else in_training + flow + teachers * frozen
     blocks = config["num_layers"] * tokens - text_tokens // 2  # the last block only reads the text
     return {
-        "weights, gradients, Adam, EMA": state / processes,
+        "weights, Adam, EMA": state / processes,
+        "gradients": trained * (8 if one_pass else 4) / processes,
         "bf16 copies of weights": copies,
         "unsharded blocks": unsharded,
         "activations": (blocks * between + tokens * at_work) * d * number * micro_batch,
@@ -234,9 +248,15 @@ class GAN(nn.Module):
 
     t is drawn from the flow's own, low-noise distribution. In the flow's update the features of generated
     latents are those of the pass that the flow loss has just made; the real ones, and the generator's, leave
-    the network after block 2. The paper states no reduction: FGM's losses are sums over the dimensions of a
-    sample and this logit is a mean, so that the GAN's share of the gradient falls as 1 / (H W). real: latents
-    [N, 16, H, W]; embeddings: of their captions; grid: (H / 2, W / 2), the network's tokens."""
+    the network after block 2. The paper states no reduction; the weights 1e-2 and 5e-2 are taken per element,
+    as arXiv 2405.14867, which it follows, averages both losses:
+
+        FGM / D + weight * GAN   is, D times,   FGM + D * weight * GAN,   D = 16 H W numbers in a latent.
+
+    Our losses are sums over the D dimensions, hence the factor D here. Each number of x0 then feels both with
+    a strength that does not depend on the size; summed over the logits instead (1 / 256 of D at SD3's patch
+    size), the GAN's gradient at x0 would be about a thousandth of L2's. real: Rows of latents [16, H, W];
+    embeddings: of their captions; grid: (H / 2, W / 2), the network's tokens."""
 
     def __init__(self, width, grid, real, embeddings, t_gan, generator_weight=1e-2,
                  discriminator_weight=5e-2):
@@ -261,11 +281,13 @@ class GAN(nn.Module):
 
     def flow_loss(self, flow, x0, seeds, cond):
         chosen = seeds % len(self.real)
-        latents = self.real[chosen].to(x0.device, torch.float32)
+        latents = self.real(chosen)["latents"].float()
         real = self.features(flow, latents, flow.t, seeds, self.embeddings(chosen))
-        return self.weights[1] * (F.softplus(self.logit(flow.features)) + F.softplus(-self.logit(real)))
+        loss = F.softplus(self.logit(flow.features)) + F.softplus(-self.logit(real))
+        return x0[0].numel() * self.weights[1] * loss
 
     def generator_loss(self, flow, x0, seeds, cond):
         normal = noise_from(seeds ^ FOR_T, (1,), x0.device)[:, 0]  # [B, 1] -> [B]
         t = torch.sigmoid(self.t_gan[0] + self.t_gan[1] * normal)
-        return self.weights[0] * F.softplus(-self.logit(self.features(flow, x0, t, seeds, cond)))
+        loss = F.softplus(-self.logit(self.features(flow, x0, t, seeds, cond)))
+        return x0[0].numel() * self.weights[0] * loss

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import zlib
 from functools import cache, partial
 from pathlib import Path
 
@@ -15,10 +17,29 @@ from torch.nn import functional as F
 import fgm
 from fgm import InputError
 from parts.bars import bar, batches
-from parts.images import frechet_distance, image_files, read_image, save_grid, to_float, to_uint8
+from parts.images import (
+    channels_first,
+    frechet_distance,
+    image_files,
+    read_image,
+    save_grid,
+    to_float,
+    to_uint8,
+)
 from parts.progress import scores
-from parts.prompts import contents, load_component, load_pipeline, read_json_lines, read_lines, text_of
-from parts.run import atomically, first_process, noise_from, open_folder, read_json, save_tensors
+from parts.prompts import (
+    ENCODERS,
+    Rows,
+    contents,
+    files_of,
+    fill,
+    load_component,
+    load_pipeline,
+    read_json_lines,
+    read_lines,
+    text_of,
+)
+from parts.run import atomically, noise_from, open_folder, read_json, save_tensors
 
 # ------------------------------------------------------------------------------------------------------------
 # The source pipeline
@@ -36,6 +57,7 @@ OPTIONAL = ("text_encoder_3", "tokenizer_3")  # T5
 KEYS = {
     "transformer": {"in_channels": int, "num_layers": int, "num_attention_heads": int,
                     "attention_head_dim": int, "patch_size": int, "pos_embed_max_size": int},
+    "tokenizer": {"model_max_length": int},
     "vae": {"block_out_channels": list, "shift_factor": float, "scaling_factor": float}}
 
 
@@ -176,6 +198,36 @@ def check_weights(part, weights, index):
                 pass
         except (OSError, SafetensorError) as error:
             raise InputError(f"the weights {path} are damaged ({error})") from error
+
+
+def numbers_in(part):
+    """How many numbers the weights of a component's folder hold, by the headers of its files."""
+    from safetensors import safe_open
+
+    found = 0
+    for path in part.glob("*.safetensors"):
+        if "fp16" not in path.name:  # another copy of the same
+            with safe_open(path, "pt") as file:
+                found += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    return found
+
+
+def memory_around(folder, bf16, size, state):
+    """Bytes a process needs at the peaks before, between and after the steps, by arithmetic: {phase: bytes}.
+
+    size: (H, W) of an image; state: bytes that stay beside a picture. The decoder's peak is in its last
+    block, whose first layer holds its input, that normalised and that activated, or, where it has no more
+    channels than the rest, in a layer's end. The text encoders' activations are not counted."""
+    number = 2 if bf16 else 4  # bytes of a weight of the pipelines; pictures are decoded in float32
+    text = sum(numbers_in(folder / name) for name in ENCODERS)
+    vae, transformer = numbers_in(folder / "vae"), numbers_in(folder / "transformer")
+    channels = read_json(folder / "vae" / "config.json")["block_out_channels"]
+    decoding = size[0] * size[1] * max(3 * channels[min(1, len(channels) - 1)], 5 * channels[0])
+    return {
+        "encoding prompts": text * number,
+        "a picture": state + (vae + decoding) * 4,
+        "the scores": (text + vae + transformer + decoding) * number,
+    }
 
 
 def is_inside(path, folder):
@@ -368,11 +420,11 @@ def geneval(pipe, metadata, target, steps, guidance, size, seed):
 
 
 def load_real(folder, size):
-    """(uint8 images [N, 3, H, W], captions) of a folder, size = (H, W).
+    """(paths of the images, captions) of a folder, size = (H, W).
 
     Captions come from metadata.jsonl {"file_name", "text"} or NAME.txt, else they are empty. Raises
-    InputError, naming the file, for unreadable images, those of another size than the run's, and captions
-    that are links out of the folder."""
+    InputError, naming the file, for what is no image, images of another size than the run's (of both the
+    header is read alone), and captions that are links out of the folder."""
     folder = Path(folder)
     paths = image_files(folder, (".png", ".jpg", ".jpeg", ".webp"))
     if not paths:
@@ -382,18 +434,35 @@ def load_real(folder, size):
         texts = dict(read_json_lines(
             folder / "metadata.jsonl", lambda record: (text_of(record["file_name"]), text_of(record["text"])),
             '{"file_name": ..., "text": ...}'))
-    images, captions = [], []
+    captions = []
     for path in paths:
-        image = read_image(path)
-        if image.size != (size[1], size[0]):
-            raise InputError(f"{path} is {image.width}x{image.height}, the run makes {size[1]}x{size[0]}; "
-                             "resize the images, or change --height and --width")
-        images.append(np.asarray(image))
+        check_size(path, header_size(path), size)
         beside = path.with_suffix(".txt")
         own = "\n".join(read_lines(beside)) if is_caption_file(beside, folder) else ""
         captions.append(texts.get(str(path.relative_to(folder))) or own)
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # [N, H, W, 3] -> [N, 3, H, W]
-    return pixels.contiguous(), captions
+    return paths, captions
+
+
+def header_size(path):
+    """(width, height) of an image file by its header, turned as its EXIF data say. Raises InputError for what
+    is no image."""
+    from PIL import ExifTags, Image
+
+    try:
+        if not path.is_file():
+            raise OSError("it is no regular file")  # a pipe would be waited for
+        with Image.open(path) as image:
+            turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return image.size[::-1] if turned else image.size
+    except Exception as error:  # the decoders raise what they like
+        raise InputError(f"cannot read the image {path} ({error}); fix or remove it") from error
+
+
+def check_size(path, found, size):
+    """Raises InputError unless found (width, height) is the run's size (H, W)."""
+    if found != (size[1], size[0]):
+        raise InputError(f"{path} is {found[0]}x{found[1]}, the run makes {size[1]}x{size[0]}; "
+                         "resize the images, or change --height and --width")
 
 
 def is_caption_file(path, folder):
@@ -406,37 +475,38 @@ def is_caption_file(path, folder):
     return True
 
 
-def encode_images(folder, images, path, device):
-    """Latents [N, 16, h, w] of uint8 images by the pipeline's VAE, scaled as SD3 scales them.
-
-    They are cached in the file path, keyed by the content of the images and the VAE; a file of another key,
-    or a damaged one, is made again. A collective call. Raises InputError if it cannot be written."""
-    from safetensors import safe_open
-
-    first_process(lambda: cache_latents(folder, images, path, device))
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("latents")
+def mark_of(path):
+    """[name, length, checksum of the last kilobyte] of an image file: all of 500,000 would take too long, and
+    another image that ends in the same compressed bytes will not have the same length."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 1024))
+        return [path.name, length, zlib.crc32(file.read())]
 
 
-def cache_latents(folder, images, path, device):
-    """encode_images without reading the result: the work of the first process."""
-    from safetensors import SafetensorError, safe_open
+def encode_images(folder, paths, size, shape, cache, device, dtype):
+    """Latents of image files of size (H, W) by the pipeline's VAE, scaled as SD3 scales them: Rows of
+    {"latents": shape}.
 
-    key = hashlib.sha256(images.numpy().tobytes())
-    key.update(json.dumps([images.shape, contents(folder, "vae/*")]).encode())
-    key = key.hexdigest()
-    try:
-        with safe_open(path, "pt") as file:
-            known = (file.metadata() or {}).get("images")
-            if known == key and len(file.get_tensor("latents")) == len(images):
-                return
-    except (OSError, SafetensorError):
-        pass
-    vae = load_component(folder, "vae", torch.float32).to(device)
-    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    latents = []
-    for image in images.split(1):
-        with torch.no_grad():
-            mean = vae.encode(to_float(image.to(device))).latent_dist.mean
-        latents.append(((mean - shift) * scale).cpu())
-    save_tensors({"latents": torch.cat(latents)}, path, {"images": key})
+    They are kept in files of 128 in the folder cache, named after what they are made of: what exists is not
+    made again, what belongs to an image that was mended is. The images are read one by one. A collective
+    call. Raises InputError, naming the file, for an image that cannot be read."""
+    cache, vae_key = open_folder(cache), contents(folder, "vae/*")
+    files = {}
+    for i, part in enumerate(files_of(paths)):
+        key = json.dumps([vae_key, str(dtype), [mark_of(path) for path in part]])
+        files[f"latents-{i:06d}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"] = part
+
+    def encode(vae, part):
+        shift, scale, latents = vae.config.shift_factor, vae.config.scaling_factor, []
+        for path in part:
+            image = read_image(path)
+            check_size(path, image.size, size)
+            pixels = channels_first(np.array(image)[None]).to(device)  # [H, W, 3] -> [1, 3, H, W]
+            with torch.no_grad():
+                mean = vae.encode(to_float(pixels)).latent_dist.mean
+            latents.append(((mean - shift) * scale).to(dtype).cpu())
+        return {"latents": torch.cat(latents)}  # 128 x [1, 16, h, w] -> [128, 16, h, w]
+
+    fill(cache, files, lambda: load_component(folder, "vae", torch.float32).to(device), encode)
+    return Rows([cache / f"{name}.safetensors" for name in files], len(paths), {"latents": shape}, device)

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import fgm
 from fgm import InputError
 from parts.bars import bar
-from parts.run import first_process, open_folder, read_json, save_tensors, write_json
+from parts.run import first_process, moved, open_folder, read_json, save_tensors, write_json
 
 # ------------------------------------------------------------------------------------------------------------
 # Prompts
@@ -104,10 +105,81 @@ def grammar(n=8192, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Rows of tensors, encoded once into files: embeddings of prompts, latents of images
+# ------------------------------------------------------------------------------------------------------------
+
+ROWS_PER_FILE = 128
+
+
+def files_of(items):
+    """The items of each file."""
+    return [items[i : i + ROWS_PER_FILE] for i in range(0, len(items), ROWS_PER_FILE)]
+
+
+def fill(cache, files, load, encode):
+    """Write those of files {name: items} that the folder cache lacks, each encode(load(), items): a dict of
+    tensors with one row per item.
+
+    The processes share the work; what load() gives is made once on each, and freed. A collective call."""
+    missing = [name for name in files if not (cache / f"{name}.safetensors").exists()]
+    if fgm.world_size() > 1:
+        dist.barrier()  # all have looked before one writes
+    mine = missing[fgm.process_rank() :: fgm.world_size()]
+    if mine:
+        with bar(f"encoding, for {cache}", sum(len(files[name]) for name in mine), unit="rows") as shown:
+            encoder = load()
+            for name in mine:
+                save_tensors(encode(encoder, files[name]), cache / f"{name}.safetensors")
+                shown.update(len(files[name]))
+        del encoder
+        torch.cuda.empty_cache()
+    if fgm.world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def opened(path):
+    """A safetensors file, memory-mapped. Raises InputError if it, or what is read within, is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        yield safe_open(path, "pt")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, it is made again") from error
+
+
+class Rows:
+    """The rows in files of 128, memory-mapped. Called with indices [B], gives {name: [B, *shapes[name]]} on
+    the device.
+
+    Raises InputError for damaged files."""
+
+    def __init__(self, files, number, shapes, device):
+        self.slices, self.device = [], device
+        for i, path in enumerate(files):
+            rows = min(ROWS_PER_FILE, number - i * ROWS_PER_FILE)
+            expected = {name: [rows, *shape] for name, shape in shapes.items()}
+            with opened(path) as file:
+                self.slices.append({name: file.get_slice(name) for name in shapes})
+                found = {name: part.get_shape() for name, part in self.slices[-1].items()}
+                if found != expected:
+                    raise ValueError(f"{found} instead of {expected}")
+        self.number = number
+
+    def __len__(self):
+        return self.number
+
+    def __call__(self, indices):
+        rows = [(self.slices[i // ROWS_PER_FILE], i % ROWS_PER_FILE) for i in indices.tolist()]
+        names = self.slices[0]
+        columns = {name: torch.cat([file[name][i : i + 1] for file, i in rows]) for name in names}
+        return {name: moved(value, self.device) for name, value in columns.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Embeddings
 # ------------------------------------------------------------------------------------------------------------
 
-PROMPTS_PER_FILE = 128
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CONDITIONS = ("encoder_hidden_states", "pooled_projections")  # what SD3's transformer calls them
 
@@ -213,58 +285,33 @@ def encode_prompts(folder, prompts, cache, device, dtype, max_length=256):
         "dtype": str(dtype),
         "max_length": max_length}))
 
-    starts = range(0, len(prompts), PROMPTS_PER_FILE)
-    files = {f"prompts-{i // PROMPTS_PER_FILE:06d}": prompts[i : i + PROMPTS_PER_FILE] for i in starts}
-    files["null"] = [""]
-    mine = list(files)[fgm.process_rank() :: fgm.world_size()]
-    missing = [name for name in mine if not (cache / f"{name}.safetensors").exists()]
-    if missing:
-        pipe, truncated = text_pipeline(folder, device, dtype), 0
+    truncated = []  # CLIP's longest text, once for each prompt that is longer
+
+    def encode_file(pipe, texts):
         longest = pipe.tokenizer.model_max_length
-        with bar("encoding prompts", sum(len(files[name]) for name in missing), unit="prompts") as shown:
-            for name in missing:
-                truncated += sum(len(pipe.tokenizer(text).input_ids) > longest for text in files[name])
-                encoded = encode(pipe, files[name], device, dtype, max_length)
-                save_tensors(encoded, cache / f"{name}.safetensors")
-                shown.update(len(files[name]))
-        if truncated:
-            message = f"{truncated} prompts are longer than CLIP's {longest} tokens and were cut there"
-            print(message, file=sys.stderr)
-        del pipe
-        torch.cuda.empty_cache()
-    if fgm.world_size() > 1:
-        dist.barrier()
+        truncated.extend(longest for text in texts if len(pipe.tokenizer(text).input_ids) > longest)
+        return encode(pipe, texts, device, dtype, max_length)
+
+    files = {f"prompts-{i:06d}": texts for i, texts in enumerate(files_of(prompts))}
+    files["null"] = [""]
+    fill(cache, files, lambda: text_pipeline(folder, device, dtype), encode_file)
+    if truncated:
+        message = f"{len(truncated)} prompts are longer than CLIP's {truncated[0]} tokens and were cut there"
+        print(message, file=sys.stderr)
 
 
-class Embeddings:
-    """Encoded prompts, memory-mapped. Called with indices [B], gives what the network takes, on the device:
+class Embeddings(Rows):
+    """Encoded prompts. Called with indices [B], gives what the network takes, on the device:
     {"encoder_hidden_states": [B, tokens, D], "pooled_projections": [B, P]}. null: the same of the empty
     prompt, B = 1.
 
     Raises InputError for damaged files."""
 
     def __init__(self, cache, number, device):
-        from safetensors import SafetensorError, safe_open
-
-        numbers = range(math.ceil(number / PROMPTS_PER_FILE))
-        rows = [min(PROMPTS_PER_FILE, number - i * PROMPTS_PER_FILE) for i in numbers]
-        try:
-            self.files = [safe_open(Path(cache) / f"prompts-{i:06d}.safetensors", "pt") for i in numbers]
-            self.slices = [{name: file.get_slice(name) for name in CONDITIONS} for file in self.files]
-            with safe_open(Path(cache) / "null.safetensors", "pt") as file:
-                self.null = {name: file.get_tensor(name).to(device) for name in CONDITIONS}
-            shapes = [{name: part.get_shape() for name, part in parts.items()} for parts in self.slices]
-            shapes.append({name: list(value.shape) for name, value in self.null.items()})
-            for found, n in zip(shapes, [*rows, 1], strict=True):
-                expected = {name: [n, *shapes[-1][name][1:]] for name in CONDITIONS}
-                if found != expected:
-                    raise ValueError(f"{found} instead of {expected}")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"the embeddings in {cache} are damaged ({error}); "
-                             "remove the folder, they are made again") from error
-        self.device = device
-
-    def __call__(self, indices):
-        rows = [(self.slices[i // PROMPTS_PER_FILE], i % PROMPTS_PER_FILE) for i in indices.tolist()]
-        cond = {name: torch.cat([file[name][i : i + 1] for file, i in rows]) for name in CONDITIONS}
-        return {name: value.to(self.device) for name, value in cond.items()}
+        null = Path(cache) / "null.safetensors"
+        with opened(null) as file:
+            self.null = {name: file.get_tensor(name).to(device) for name in CONDITIONS}
+        shapes = {name: value.shape[1:] for name, value in self.null.items()}
+        numbers = range(math.ceil(number / ROWS_PER_FILE))
+        files = [Path(cache) / f"prompts-{i:06d}.safetensors" for i in numbers]
+        super().__init__(files, number, shapes, device)

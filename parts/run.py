@@ -5,6 +5,7 @@ Nothing here knows what is trained. FolderRun is the object that fgm.train_flow 
 
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -96,16 +97,18 @@ def setup(device=None):
         raise InputError(f"--device {device}: cpu, cuda or cuda:N are possible") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: cpu, cuda or cuda:N are possible")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(hours=2)  # the others wait while one downloads or scores
         dist.init_process_group(backend, timeout=timeout)
     if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
     return device
 
 
@@ -125,31 +128,41 @@ def first_process(work):
         raise InputError(error)
 
 
-GATHERED_WHOLE = 10_000_000  # parameters; below, many small messages cost more than the memory that they save
+GATHERED_WHOLE = 1e9  # bytes of weights; below, every process keeps them all
 
 
 def shard(net, blocks=(), bf16=False):
-    """Shard a network over all processes (FSDP2), a large one block by block; leave it alone if there is one.
+    """Share a network between all processes (FSDP2); leave it alone if there is one process.
 
-    Copy networks before, not after. bf16: gather weights in bfloat16; gradients are reduced in float32, and
-    inputs are not cast, so that t stays float32."""
+    A large one is sharded block by block, its weights gathered for every pass; of a smaller one each process
+    keeps a replica, and gradients alone are exchanged, all at once. Copy networks before, not after. bf16:
+    gather weights in bfloat16; gradients are reduced in float32, and inputs are not cast, so that t stays
+    float32."""
     if world_size() > 1:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mixed = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
         policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
-        mesh = init_device_mesh(next(net.parameters()).device.type, (world_size(),))
-        large = sum(p.numel() for p in net.parameters()) >= GATHERED_WHOLE
+        large = sum(p.numel() * p.element_size() for p in net.parameters()) >= GATHERED_WHOLE
+        sizes, names = ((world_size(),), ("shard",)) if large else ((world_size(), 1), ("replicate", "shard"))
+        mesh = init_device_mesh(next(net.parameters()).device.type, sizes, mesh_dim_names=names)
         for part in [*blocks, net] if large else [net]:
             fully_shard(part, mesh=mesh, mp_policy=policy)
     return net
 
 
+def moved(tensor, device):
+    """A CPU's tensor on a device; to a GPU without waiting for what that has yet to do."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def noise_from(seeds, shape, device):
     """Standard normal noise [B, *shape] for int64 seeds [B] >= 0; a row depends on its own seed alone."""
     rows = [np.random.default_rng(int(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds]
-    return torch.from_numpy(np.stack(rows)).to(device)  # B x [*shape] -> [B, *shape]
+    return moved(torch.from_numpy(np.stack(rows)), device)  # B x [*shape] -> [B, *shape]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -284,11 +297,19 @@ def state_tensors(learners):
     return state
 
 
+def crc32_of(path):
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
 def checksums(folder):
     """{file: [bytes, crc32]} of the tensor files in a checkpoint, their reading shared by the processes."""
     files = sorted(folder.glob("*.safetensors"))
     files = files[process_rank() :: world_size()]
-    mine = {f.name: [f.stat().st_size, zlib.crc32(f.read_bytes())] for f in files}
+    mine = {f.name: [f.stat().st_size, crc32_of(f)] for f in files}
     parts = [mine]
     if world_size() > 1:
         parts = [None] * world_size()
@@ -320,10 +341,20 @@ def unwrapped():
         raise next(failure for failure, _ in error.failures.values()) from None
 
 
+FILE_BYTES = 1e9  # of a file in a checkpoint: its tensors, and then its content, are whole in host memory
+
+
+def file_numbers(state):
+    """{name: number of the file, from 1, that a process writes its part of this tensor to}."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in state.values()]
+    ends = itertools.accumulate(sizes)
+    return {name: 1 + int(end // FILE_BYTES) for name, end in zip(state, ends, strict=True)}
+
+
 def save_checkpoint(folder, phase, step, learners, settings, seconds):
     """Write folder/PHASE-STEP under a temporary name, rename it when complete, keep it and the one before.
 
-    Tensors go to safetensors files, one per process (torch.distributed.checkpoint), so that any number of
+    Tensors go to safetensors files, each process's own (torch.distributed.checkpoint), so that any number of
     processes can resume; step, settings and checksums to checkpoint.json. There are no generator states:
     fgm.Draws makes every random number from (seed, step). Returns the path. Raises InputError if it cannot be
     written."""
@@ -337,7 +368,7 @@ def save_checkpoint(folder, phase, step, learners, settings, seconds):
         dist.barrier()
     state = {name: value.contiguous() for name, value in state_tensors(learners).items()}
     try:
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), file_numbers(state), save_distributed=True)
         with unwrapped():
             dcp.save(state, storage_writer=writer, no_dist=world_size() == 1)
         files = checksums(temporary)

@@ -19,11 +19,13 @@ from helpers import ENV, assert_refused, command, drive
 from safetensors.torch import load_file
 from test_images import folder
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
+import bench
 import cifar
 import fgm
-from parts import progress
-from parts.edm import Conv, EDMUNet, EDMVelocity, load_edm, load_network
+from parts import memory, progress
+from parts.edm import Conv, EDMUNet, EDMVelocity, GroupNorm, load_edm, load_network
 from parts.images import draw_images, load_images, pixel_frechet
 
 SMALL = [
@@ -98,6 +100,73 @@ def test_network_names_what_does_not_fit():
         net(torch.zeros(2, 1, 8, 8), torch.ones(2))
     with pytest.raises(fgm.InputError, match=r"takes images of shape \[1, 8, 8\], got \[1, 16, 16\]"):
         net(torch.zeros(2, 1, 16, 16), torch.ones(2), torch.zeros(2, 10))
+
+
+def test_gradients_in_bfloat16_are_those_of_float32():
+    net = small_net(label_dim=10)
+    x, t, labels = torch.randn(16, 1, 8, 8), torch.rand(16), torch.eye(10)[torch.arange(16) % 10]
+    found = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = fgm.reflow_loss(net, x, x.flip(0), t, class_labels=labels).mean()
+        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
+
+
+def test_norms_stay_in_bfloat16_under_the_rules_of_cuda():
+    """On tensors that only claim to be on a GPU; plain group norm turns to float32 there."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    with FakeTensorMode(), torch.device("cuda"):
+        x, norm = torch.empty(2, 8, 4, 4, dtype=torch.bfloat16), GroupNorm(8)
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            assert nn.functional.group_norm(x, 2).dtype == torch.float32 and norm(x).dtype == torch.bfloat16
+        finally:
+            torch.set_autocast_enabled("cuda", before[0])
+            torch.set_autocast_dtype("cuda", before[1])
+
+
+# Memory
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_memory_estimate_against_the_allocator(bf16):
+    cpu = torch.device("cpu")
+    subject = bench.digits(cpu, 64)
+    need = memory.needs(subject.net, subject.shape, 10, bf16)
+    estimate = memory.phases(need, bf16, micro_batch=64, drawn=100)
+    x, t, labels = torch.randn(100, 1, 8, 8), torch.rand(100), torch.eye(10)[torch.arange(100) % 10]
+
+    def teach():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            subject.net(x[:64], t[:64], labels[:64]).sum().backward()
+
+    def draw():
+        with torch.no_grad():
+            subject.net(x, t, labels)
+
+    phases = {  # the passes, and what lies there already: networks, moments, averages, gradients
+        "scoring": (draw, 3 + 1),
+        "a distillation step": (bench.bare_passes(subject, "bf16" if bf16 else "fp32"), 3 + 2 + 1 + 2),
+        "a teacher step": (teach, 3 + 2 + 1 + 1),
+    }
+    for phase, (passes, held) in phases.items():
+        for net in subject[:3]:
+            net.train(phase == "a teacher step")
+            for p in net.parameters():
+                p.grad = torch.zeros_like(p)
+        activations = estimate[phase] - held * need.weights
+        assert bench.peak_bytes(passes, cpu) == pytest.approx(activations, rel=0.1), phase
+
+
+def test_the_micro_batch_is_the_largest_divisor_that_fits():
+    """Steps of 8 weights, three graphs an image and a tenth to spare; drawing has no part in it."""
+    need = memory.Needs(weights=1.0, training=2.0, kept=1.0, drawing=1e9)
+    available = {math.inf: 48, (8 + 3 * 24) / 0.9: 24, (8 + 3 * 23.9) / 0.9: 16, 1: 1}
+    found = [memory.largest_micro_batch(48, free, need, bf16=False) for free in available]
+    assert found == [*available.values()]
 
 
 # Published teachers
@@ -273,7 +342,7 @@ def test_command_writes_what_it_promises(finished):
     out, printed = finished
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["teacher"].keys() == {"1", "10", "50"} and metrics["metric"] == "pixel Frechet distance"
-    assert f"{metrics['one_step']:.4f}" in printed
+    assert f"{metrics['one_step']:.4f}" in printed and "GB, in a distillation step" in printed
     net, description = load_network(out / "generator.safetensors")
     generator = fgm.OneStepGenerator(net, **description["generator"])
     pixels, labels = draw_images(generator, 60, (1, 8, 8), 10, "cpu")

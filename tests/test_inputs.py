@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 import fgm
@@ -476,24 +476,55 @@ def test_damaged_embeddings_are_named(source, tmp_path, name, damage):
     prompts.encode_prompts(source, ["7", "8"], cache, CPU, torch.float32)
     prompts.Embeddings(cache, 2, CPU)
     damage(cache / f"{name}.safetensors")
-    with refused("embeddings in .* are damaged"):
+    with refused(f"{name}.safetensors is damaged .*; remove it, it is made again"):
         prompts.Embeddings(cache, 2, CPU)
 
 
-def test_latents_follow_the_images_and_the_vae(source, tmp_path):
-    pixels = torch.from_numpy(VALUES[:32, :32]).permute(2, 0, 1)[None]
-    path = tmp_path / "latents.safetensors"
+def test_latents_are_made_again_for_other_images_and_another_vae_alone(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "ROWS_PER_FILE", 2)
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(paths):
+        Image.fromarray(VALUES[i : i + 32, :32]).save(path)
+    cache, read = tmp_path / "latents", []
+
+    def read_image(path):
+        read.append(path)
+        return images.read_image(path)
 
     def encode():
-        return pipeline.encode_images(source, pixels, path, CPU).clone()  # they are memory-mapped
+        """The latents, and which images were read for them."""
+        read.clear()
+        rows = pipeline.encode_images(source, paths, (32, 32), (16, 4, 4), cache, CPU, torch.float32)
+        return rows(torch.arange(5))["latents"], list(read)
 
-    first, when = encode(), path.stat().st_mtime_ns
-    assert torch.equal(encode(), first) and path.stat().st_mtime_ns == when
-    for damage in (cut, lambda path: write(path, b""), lambda path: save_file({"a": torch.zeros(1)}, path)):
-        damage(path)
-        assert torch.equal(encode(), first)
+    monkeypatch.setattr(pipeline, "read_image", read_image)
+    first, names = encode()[0], sorted(cache.iterdir())
+    assert read == paths and len(names) == 3
+    for damage in (cut, lambda path: write(path, b""), wrong_rows):
+        damage(names[1])
+        with refused("is damaged .*; remove it, it is made again"):
+            encode()
+        names[1].unlink()
+        again, read_again = encode()
+        assert torch.equal(again, first) and read_again == paths[2:4]
+    Image.fromarray(VALUES[10:42, 10:42]).save(paths[4])
+    again, read_again = encode()
+    assert torch.equal(again[:4], first[:4]) and not torch.equal(again[4], first[4])
+    assert read_again == paths[4:]
     exchanged(source / "vae/diffusion_pytorch_model.safetensors")
-    assert not torch.equal(encode(), first)
+    again, read_again = encode()
+    assert not torch.equal(again[:4], first[:4]) and read_again == paths
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_size_in_the_header_is_that_of_the_image(tmp_path, name):
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.fromarray(VALUES[:32, :48]).save(tmp_path / name, exif=exif)
+        turned = images.read_image(tmp_path / name).size
+        assert turned == ((48, 32) if orientation == 1 else (32, 48))
+        assert pipeline.header_size(tmp_path / name) == turned
 
 
 def test_files_are_written_atomically(source, tmp_path, monkeypatch):

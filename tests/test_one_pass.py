@@ -38,7 +38,8 @@ def conditions(seeds):
 def networks():
     torch.manual_seed(0)
     nets = [Watched(width=32, depth=2) for _ in range(3)]
-    torch.nn.init.normal_(nets[0].net[-1].weight)
+    for net in nets:
+        torch.nn.init.normal_(net.net[-1].weight, std=0.2)
     return *nets, Critic()
 
 

@@ -1,5 +1,6 @@
 """SD3 in miniature: gradients of both memory recipes, export to diffusers, caches, the whole command."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -11,17 +12,19 @@ import torch
 from helpers import ENV, ROOT, assert_refused, command, drive
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import bench
 import fgm
 import sd3
-from parts import progress
+from parts import pipeline, progress
 from parts.captions import PROMPTS, captioned_digits, captions, judge
 from parts.images import save_grid, to_uint8
 from parts.mmdit import GAN, memory_estimate, networks
 from parts.pipeline import draw, export, open_pipeline
-from parts.prompts import Embeddings, encode_prompts, grammar, load_component, text_pipeline
-from parts.run import noise_from
+from parts.prompts import Embeddings, Rows, encode_prompts, grammar, load_component, text_pipeline
+from parts.run import FolderRun, noise_from, save_tensors
+from tiny_sd3 import TRANSFORMER
 
 SMALL = [
     "--kimg", "0.048", "--batch", "8", "--samples", "6", "--save-every", "3", "--picture-every", "6",
@@ -142,8 +145,9 @@ from pathlib import Path
 import torch
 
 import fgm
-from parts import run
+from parts import prompts, run
 from parts.mmdit import GAN, networks
+from parts.pipeline import encode_images
 from parts.prompts import Embeddings
 
 run.GATHERED_WHOLE = 0  # block by block, as a large network
@@ -161,8 +165,16 @@ def main():
     embeddings = Embeddings(cache, 240, device)
     torch.manual_seed(0)
     teacher, flow, net = networks(model, lora_rank, True, False, device, keep_features=True)
-    latents = run.noise_from(torch.arange(5), (16, 4, 4), device)
-    gan = GAN(32, (4, 4), latents, embeddings, (-1.0, 2.0), 0.5, 2.5)
+    paths = [model / "images" / f"{i:04d}.png" for i in range(5)]
+    found = []
+    for prompts.ROWS_PER_FILE in (2, 128):  # three files, shared by the processes; one file
+        folder = Path(out).with_suffix(f".{fgm.world_size()}-{prompts.ROWS_PER_FILE}")
+        latents = encode_images(model, paths, (32, 32), (16, 4, 4), folder, device, torch.float32)
+        found.append(latents(torch.arange(5))["latents"])
+        made = len(list(folder.iterdir()))
+        assert made == len(latents.slices) == -(-5 // prompts.ROWS_PER_FILE), made
+    assert torch.equal(*found)
+    gan = GAN(32, (4, 4), latents, embeddings, (-1.0, 2.0), 2e-3, 1e-2)
     run.shard(gan.head)
     nets = {"flow": flow, "net": net, "gan": gan}
     before = parameters(nets)
@@ -214,21 +226,26 @@ def test_a_step_makes_no_needless_pass(model, embeddings):
         velocity.register_forward_pre_hook(record)
     guided, generator = fgm.Guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8)
     conditions = lambda seeds: embeddings(seeds % 240)  # noqa: E731
-    fgm.distill(guided, generator, flow, (16, 4, 4), steps=2, batch=2, conditions=conditions)
-    expected = [("flow", 2), ("flow", 2), ("generator", 2), ("generator", 2), ("teacher", 4)]
-    assert sorted(passes[:5]) == sorted(passes[5:10]) == expected
+    settings = dict(steps=2, batch=2, conditions=conditions, t_flow=(-1.0, 2.0))
+    fgm.distill(guided, generator, flow, (16, 4, 4), **settings)
+    expected = [("flow", 2), ("flow", 2), ("generator", 2), ("teacher", 4)]
+    assert sorted(passes[:4]) == sorted(passes[4:]) == expected
 
 
 # The GAN
 
 
-def test_gan_losses_against_plain_mathematics(model, embeddings):
-    """The head sees block 2's hidden states at the t of the flow's pass; gradients reach x0 by all paths."""
+def test_gan_losses_against_plain_mathematics(model, embeddings, tmp_path):
+    """The head sees block 2's hidden states at the t of the flow's pass; gradients reach x0 by all paths.
+
+    Both terms are per element: times the 256 numbers of a latent beside FGM's sums over them."""
     _, flow, _ = networks(model, 0, True, False, CPU, keep_features=True)
     shaken(flow)
     torch.manual_seed(2)
     real = torch.randn(5, 16, 4, 4)
-    gan = GAN(32, (4, 4), real, embeddings, (-1.0, 2.0), 0.5, 0.25)
+    save_tensors({"latents": real}, tmp_path / "latents.safetensors")
+    rows = Rows([tmp_path / "latents.safetensors"], 5, {"latents": (16, 4, 4)}, CPU)
+    gan = GAN(32, (4, 4), rows, embeddings, (-1.0, 2.0), 0.5, 0.25)
     seeds, cond = torch.tensor([7, 11]), embeddings(torch.tensor([3, 4]))
     x0, noise = torch.randn(2, 16, 4, 4, requires_grad=True), torch.randn(2, 16, 4, 4)
     t = torch.tensor([0.1, 0.4])
@@ -247,16 +264,75 @@ def test_gan_losses_against_plain_mathematics(model, embeddings):
     noised = fgm.interpolate(real[chosen], noise_from(seeds ^ 1, (16, 4, 4), "cpu"), t)
     fake_logit = hidden(fgm.interpolate(x0.detach(), noise, t), t, cond)
     real_logit = hidden(noised, t, embeddings(chosen))
-    expected = -0.25 * (torch.log(torch.sigmoid(-fake_logit)) + torch.log(torch.sigmoid(real_logit)))
+    expected = -256 * 0.25 * (torch.log(torch.sigmoid(-fake_logit)) + torch.log(torch.sigmoid(real_logit)))
     torch.testing.assert_close(found, expected)
 
     found = gan.generator_loss(flow, x0, seeds, cond)
     t = torch.sigmoid(-1 + 2 * noise_from(seeds ^ 2, (1,), "cpu")[:, 0])
     noised = fgm.interpolate(x0, noise_from(seeds ^ 1, (16, 4, 4), "cpu"), t)
-    expected = -0.5 * torch.log(torch.sigmoid(hidden(noised, t, cond)))
+    expected = -256 * 0.5 * torch.log(torch.sigmoid(hidden(noised, t, cond)))
     torch.testing.assert_close(found, expected)
     ours, theirs = (torch.autograd.grad(loss.sum(), x0)[0] for loss in (found, expected))
     assert ours.norm() > 0 and relative(ours, theirs) < 1e-5
+
+
+class Still(torch.nn.Module):
+    """A flow of velocity 0 whose features are its input, one token a position."""
+
+    def forward(self, x, t):
+        return 0 * x
+
+    def features_of(self, x, t):
+        return x.flatten(2).mT  # [B, 16, H, W] -> [B, HW, 16]
+
+
+@pytest.mark.parametrize("side", [4, 16])
+def test_ratio_of_the_gans_gradient_to_that_of_l2_by_hand(tmp_path, side):
+    """At t = 0.5 with a linear head w near 0, where the sigmoid is 1/2, the GAN's gradient at a position is
+    0.01 D w / (4 H W), its norm 0.04 |w| sqrt(H W); for a teacher u everywhere L2's is 2 u, 8 u sqrt(H W)."""
+    gan = GAN(16, (side, side), None, None, (0.0, 0.0))
+    gan.head = torch.nn.Conv2d(16, 1, 1)
+    torch.nn.init.constant_(gan.head.weight, 1e-3)  # norm 4e-3
+    torch.nn.init.zeros_(gan.head.bias)
+    folder_run = FolderRun(tmp_path)
+    folder_run.logging, folder_run.extras = True, {}
+    x0, noise = torch.randn(2, 2, 16, side, side)
+    x0, flow, t = x0.requires_grad_(), Still(), torch.tensor([0.2, 0.9])
+    _, l2 = fgm.fgm_losses(lambda x, t: 0 * x + 0.5, flow, x0, noise, t)
+    folder_run.look_at(x0, l2=l2, extra=gan.generator_loss(flow, x0, torch.tensor([1, 2]), {}))
+    l2_norm, gan_norm = (folder_run.extras[f"{name}_gradient_at_x0"] for name in ("l2", "extra"))
+    assert l2_norm == pytest.approx(2 * 0.5 * 4 * side, rel=1e-5)
+    assert gan_norm / l2_norm == pytest.approx(0.04 * 4e-3 / (8 * 0.5), rel=2e-3)
+
+
+# Compilation
+
+
+def test_every_matrix_product_is_in_a_compiled_graph():
+    """With checkpointing and LoRA, where recomputation once left the blocks uncompiled."""
+    config = TRANSFORMER | {"num_layers": 1}
+    _, flow, _, shape, _, conditions = bench.miniature(CPU, 2, 4, False, True, config)
+
+    def backend(graph, inputs):
+        def inside(*values):
+            with record_function("compiled"):
+                return graph(*values)
+
+        return inside
+
+    flow.compile(backend=backend)
+    x0, noise, t, cond = torch.randn(2, *shape), torch.randn(2, *shape), torch.rand(2), conditions([0, 1])
+    for profiled in (contextlib.nullcontext(), profile(activities=[ProfilerActivity.CPU])):  # traced, run
+        with profiled:
+            fgm.reflow_loss(flow, x0, noise, t, **cond).sum().backward()
+    products = "aten::linear", "aten::conv2d", "aten::scaled_dot_product_attention"
+    inside = []
+    for event in profiled.events():
+        if event.name in products:
+            while event and event.name != "compiled":
+                event = event.cpu_parent
+            inside.append(event is not None)
+    assert len(inside) > 50 and sum(inside) >= 0.95 * len(inside)
 
 
 # Export
@@ -353,7 +429,7 @@ def test_command_writes_what_it_promises(finished, model):
     out, printed = finished
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["teacher"].keys() == {"1", "28"} and f"{metrics['one_step']:.4f}" in printed
-    assert "memory per process, estimated" in printed
+    assert "memory per process, estimated" in printed and "GB, in a step (" in printed
     images = draw(open_pipeline(out / "pipeline", CPU, torch.float32), PROMPTS[:6], 1, 0, (32, 32))
     assert judge(images, PROMPTS[:6])[1] == pytest.approx(metrics["one_step"], rel=1e-3)
     assert ModelCard.load(out / "pipeline" / "README.md").data.library_name == "diffusers"
@@ -467,15 +543,59 @@ def test_memory_estimate_counts_the_state():
         pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192,
     )
 
-    def state(lora_rank, processes, ema):
-        estimate = memory_estimate(medium, lora_rank, True, True, 1, 128, 128, 333, 4.0, processes, ema)
-        return estimate["weights, gradients, Adam, EMA"]
+    def state(lora_rank, processes, ema, one_pass=False):
+        recipe = medium, lora_rank, True, True
+        estimate = memory_estimate(*recipe, 1, 128, 128, 333, 4.0, processes, ema, one_pass, False)
+        return estimate["weights, Adam, EMA"] + estimate["gradients"]
 
     weights = 2_028_328_000  # as published: 2.03 billion
-    assert state(None, 1, True) == pytest.approx(weights * (2 + 2 * 12 + 4 + 4), rel=0.001)
-    assert state(None, 2, True) == state(None, 1, True) / 2
+    alone = state(None, 1, True)
+    assert alone == pytest.approx(weights * (2 + 2 * 8 + 4 + 4), rel=0.001) and alone < 53e9
+    assert state(None, 2, True, one_pass=True) == pytest.approx((alone + 4 * weights) / 2, rel=0.001)
     # Eight square layers, two feed-forward parts of two layers with 1 and 4 times the width.
     block = 64 * 1536 * (2 * 4 * 2 + 2 * 2 * 5)
     missing = 64 * 1536 * (2 + 2 * 5)  # the last block's text stream ends with its attention
-    expected = weights * 2 + (24 * block - missing) * (2 * 12 + 4)
+    expected = weights * 2 + (24 * block - missing) * (2 * 8 + 4)
     assert state(64, 1, False) == pytest.approx(expected, rel=0.001)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 16])
+def test_memory_estimate_counts_what_the_learners_keep(model, lora_rank):
+    """After a step: weights, Adam's state and the average, beside nothing else."""
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    teacher, flow, net = networks(model, lora_rank, False, False, CPU)
+    kept = {}
+
+    class Watch(fgm.Run):
+        def steps(self, phase, steps, learners, settings):
+            yield from super().steps(phase, steps, learners, settings)
+            for learner in learners.values():
+                state = [value for moments in learner.adam.state.values() for value in moments.values()]
+                held = [*learner.parameters.values(), *learner.ema.values(), *state]
+                kept[id(learner)] = sum(value.nbytes for value in held if value.dim())
+
+    cond = {"encoder_hidden_states": torch.randn(1, 8, 64), "pooled_projections": torch.randn(1, 64)}
+    generator = fgm.OneStepGenerator(net, 0.97)
+    conditions = lambda seeds: cond  # noqa: E731
+    fgm.distill(teacher, generator, flow, (16, 4, 4), steps=1, batch=1, conditions=conditions, run=Watch())
+    estimate = memory_estimate(config, lora_rank, False, False, 1, 4, 4, 8, 1, 1, True)
+    base = flow.shared[0] if lora_rank else teacher
+    frozen = sum(p.nbytes for p in base.parameters() if not p.requires_grad)
+    assert sum(kept.values()) + frozen == pytest.approx(estimate["weights, Adam, EMA"], rel=0.001)
+
+
+def test_memory_of_decoding_against_the_allocator(model):
+    vae = pipeline.load_component(model, "vae", torch.float32)
+    latents = torch.randn(1, 16, 8, 8)
+
+    @torch.no_grad()
+    def decode():
+        return vae.decode(latents).sample
+
+    decode()
+    weights = 4 * sum(p.numel() for p in vae.parameters())
+    phases = pipeline.memory_around(model, False, (64, 64), 5)
+    assert bench.peak_bytes(decode, CPU) == pytest.approx(phases["a picture"] - weights - 5, rel=0.1)
+    files = [file for part in model.iterdir() for file in part.glob("*.safetensors")]
+    held = sum(value.nbytes for file in files for value in load_file(file).values())
+    assert phases["the scores"] == pytest.approx(held + phases["a picture"] - weights - 5, rel=0.001)

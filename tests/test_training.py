@@ -129,7 +129,8 @@ def test_the_log_holds_the_scores_of_generator_and_teacher(finished):
         with torch.no_grad():
             return toy2d.energy_distance(draw(net), test)
 
-    assert curves["score"][1] == [distance("generator", lambda net: fgm.OneStepGenerator(net, 0.8)(z))]
+    start = json.loads((out / "config.json").read_text())["generator"]
+    assert curves["score"][1] == [distance("generator", lambda net: fgm.OneStepGenerator(net, **start)(z))]
     expected = {str(k): distance("teacher", lambda net, k=k: fgm.sample_ode(net, z, k)) for k in (1, 10, 50)}
     assert teacher == pytest.approx(expected)
     with Image.open(out / "progress.png") as picture:
@@ -172,22 +173,25 @@ PICTURES = """
 import copy, sys, torch, fgm, toy2d
 from parts import run
 
-run.GATHERED_WHOLE = 0  # sharded as a large network
-
 
 def main():
-    device = run.setup("cpu")
+    run.setup("cpu")
+    for run.GATHERED_WHOLE in (0, 1e9):  # as a large network, as a small one
+        distil(f"{sys.argv[1]}-{run.GATHERED_WHOLE:g}", f"{sys.argv[2]}-{run.GATHERED_WHOLE:g}")
+
+
+def distil(out, weights_file):
     torch.manual_seed(0)
     net = toy2d.VelocityMLP(width=16, depth=2)
     nets = [net, copy.deepcopy(net), copy.deepcopy(net)]
     for one in nets:
         run.shard(one, [layer for layer in one.net if isinstance(layer, torch.nn.Linear)])
     z = torch.randn(4, 2)
-    folder = run.FolderRun(sys.argv[1], save_every=2, picture_every=2)
+    folder = run.FolderRun(out, save_every=2, picture_every=2)
     folder.picture = lambda step, generator: {"mean": generator(z).mean().item()}
     generator = fgm.OneStepGenerator(nets[1], 0.8)
     fgm.distill(nets[0], generator, nets[2], (2,), steps=6, batch=8, lr=1e-2, ema_decay=0.9, run=folder)
-    run.save_weights(generator.net, sys.argv[2])
+    run.save_weights(generator.net, weights_file)
 
 
 run.command(main)
@@ -198,21 +202,24 @@ def test_pictures_between_steps_change_nothing_on_two_processes(tmp_path):
     (tmp_path / "pictures.py").write_text(PICTURES)
     found = []
     for processes in (None, 2):
-        weights_file = tmp_path / f"{processes}.safetensors"
-        out = tmp_path / f"run{processes}"
+        out, weights_file = tmp_path / f"run{processes}", tmp_path / f"weights{processes}"
         done = drive(tmp_path / "pictures.py", out, weights_file, processes=processes)
         assert done.returncode == 0, done.stderr
-        found.append(torch.cat([value.flatten() for value in load_file(weights_file).values()]))
-    assert (found[0] - found[1]).norm() < 1e-6 * found[0].norm()
+        for path in (f"{weights_file}-0", f"{weights_file}-1e+09"):
+            found.append(torch.cat([value.flatten() for value in load_file(path).values()]))
+    assert all((other - found[0]).norm() < 1e-6 * found[0].norm() for other in found)
 
 
-def test_mutated_checkpoints_are_refused_or_harmless(tmp_path):
+def test_mutated_checkpoints_are_refused_or_harmless(tmp_path, monkeypatch):
     """Random bytes changed, cut off or added in any file of a checkpoint: refused, or the same state."""
+    monkeypatch.setattr(run, "FILE_BYTES", 4000)
     teacher, generator, flow = networks()
     fgm.distill(teacher, generator, flow, (2,), steps=4, batch=4, run=run.FolderRun(tmp_path, save_every=2))
     run.FolderRun.locks.pop().close()
     newest = tmp_path / "checkpoints/distill-000000004"
     original = contents(newest)
+    files = sorted(newest.glob("*.safetensors"))
+    assert len(files) > 3 and all(path.stat().st_size < 8000 for path in files)
     settings = json.loads((newest / "checkpoint.json").read_text())["settings"]
     choose, refused = random.Random(0), 0
     for _ in range(100):
@@ -226,7 +233,7 @@ def test_mutated_checkpoints_are_refused_or_harmless(tmp_path):
         try:
             step, _ = run.load_checkpoint(tmp_path / "checkpoints", "distill", learners, settings, "same")
             state = run.state_tensors(learners)
-            expected = load_file(next(newest.glob("*.safetensors")))
+            expected = {name: value for path in files for name, value in load_file(path).items()}
             assert step == 4 and all(torch.equal(state[name], expected[name]) for name in expected)
         except fgm.InputError:
             refused += 1
@@ -518,6 +525,12 @@ def test_noise_of_a_seed_is_its_own():
     assert torch.equal(noise[1:2], run.noise_from(seeds[1:2], (4, 500), "cpu"))
     correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(4)
     assert correlation.abs().max() < 0.1 and abs(noise.std().item() - 1) < 0.05
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(fgm.InputError, match="--device cuda:99: this machine has"):
+        run.setup("cuda")
 
 
 def test_import_is_light():
