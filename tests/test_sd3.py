@@ -393,7 +393,7 @@ def test_embeddings_are_the_pipelines_own_and_resume(model, embeddings, tmp_path
 
 
 def test_components_are_loaded_in_the_precision_asked_for(model):
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_3"):
+    for name in ("transformer", "vae", "text_encoder"):  # transformers keeps parts of T5 in float32
         assert {p.dtype for p in load_component(model, name, torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
