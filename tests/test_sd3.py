@@ -365,7 +365,7 @@ def test_stock_pipeline_draws_what_our_generator_draws(model, embeddings, tmp_pa
     source.scheduler = scheduler
     assert (latents(source) - expected).abs().max() > 0.01  # the source does not
     if lora_rank:
-        source.load_lora_weights(tmp_path / "lora.safetensors")
+        source.load_lora_weights(tmp_path, weight_name="lora.safetensors")
         assert (latents(source) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
