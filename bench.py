@@ -301,15 +301,15 @@ def running_rows(device, args):
     """Extra time of steps that log, save or draw, over cifar.py's default intervals, as a share of all."""
     subject, share, never = digits(device), {"logging": [], "checkpoints": [], "pictures": []}, 10**9
 
-    def picture(step, generator):
-        pixels, _ = images.draw_images(generator, 100, subject.shape, 10, device)
-        images.save_grid(Path(folder) / "picture.png", pixels)
-
-    settings = {"log_every": 3}, {"save_every": 3}, {"picture_every": 3, "picture": picture}
+    settings = {"log_every": 3}, {"save_every": 3}, {"picture_every": 3}
     for _ in range(args.repeats):
         for what, special in zip(share, settings, strict=True):
             with tempfile.TemporaryDirectory() as folder:
                 run = FolderRun(folder, **{"save_every": never, "log_every": never} | special)
+                if what == "pictures":
+                    run.picture = images.pictures(
+                        run.out, images.load_images("digits").pixels, subject.teacher,
+                        lambda sampler, n: images.draw_images(sampler, n, subject.shape, 10, device)[0], 500)
                 times = step_times(subject, 9, run=run)
             usual = statistics.median(times[0::3] + times[2::3])
             extra = statistics.median(times[1::3]) - usual

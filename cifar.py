@@ -24,6 +24,7 @@ import torch
 import fgm
 from fgm import InputError
 from parts import flags, images, memory, run, sizes
+from parts.bars import bar
 from parts.edm import Block, EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from parts.flags import Setting
 
@@ -133,7 +134,7 @@ def draw_from_files(args, device):
     sampler, network = sampler_from_file(args, out, device)
     began = time.perf_counter()
     pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), network["label_dim"],
-                                        device, args.seed, args.classes)
+                                        device, args.seed, args.classes, what="drawing")
     seconds = time.perf_counter() - began
     if fgm.process_rank() > 0:
         return
@@ -199,7 +200,8 @@ def prepare_scores(args, real, device):
         return None, None
     if args.fid:
         images.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device)
-    return images.train_judge(real) if args.cond else None, images.noise_floor(real.pixels)
+    with bar("scoring the data itself"):
+        return images.train_judge(real) if args.cond else None, images.noise_floor(real.pixels)
 
 
 def main():
@@ -245,14 +247,11 @@ def main():
     for module in (net, flow):
         module.load_state_dict(teacher.state_dict())
 
-    def picture(step, generator):
-        bf16 = fgm.wants_bf16(args.precision, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            grid, _ = images.draw_images(generator, 100, shape, label_dim, device, args.seed)
-        if fgm.process_rank() == 0:
-            images.save_grid(out / f"distill-{step:07d}.png", grid)
+    def draw(sampler, n):
+        with torch.autocast(device.type, torch.bfloat16, enabled=fgm.wants_bf16(args.precision, device)):
+            return images.draw_images(sampler, n, shape, label_dim, device, args.seed)[0]
 
-    folder_run.picture = picture
+    folder_run.picture = images.pictures(out, real.pixels, teacher, draw, min(args.samples, 500))
     folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher)}
     generator, distill_seconds = fgm.distill(
         teacher, generator, flow, shape, conditions=conditions, run=folder_run, **settings)
@@ -282,11 +281,12 @@ def score(args, real, judge, samplers, label_dim, device, out):
 
     samplers: {steps of the teacher, or "one step": sampler}. Returns {the same name: {score: value}}, on
     the first process alone."""
-    rows = {}
+    rows, drawn = {}, {}
     for name, sampler in samplers.items():
         began = time.perf_counter()
         shape = tuple(real.pixels.shape[1:])
-        pixels, labels = images.draw_images(sampler, args.samples, shape, label_dim, device, args.seed)
+        pixels, labels = images.draw_images(
+            sampler, args.samples, shape, label_dim, device, args.seed, what=f"scoring: {title(name)}")
         seconds = time.perf_counter() - began
         if fgm.process_rank() > 0:
             continue
@@ -295,10 +295,14 @@ def score(args, real, judge, samplers, label_dim, device, out):
             row["accuracy"], row["worst_class"] = judge.accuracy(images.raw_pixels(pixels), labels)
         if args.fid:
             row["fid"] = images.fid(real.pixels, pixels, args.inception_weights, device)
-        rows[name] = row
-        picture = "one-step" if name == "one step" else f"teacher-{name}-steps"
-        images.save_grid(out / f"{picture}.png", pixels[:100])
+        rows[name], drawn[title(name)] = row, pixels[:100]
+    images.save_samples(out, drawn)
     return rows
+
+
+def title(name):
+    """What a sampler is called in table and pictures: "one step", "teacher, 50 steps"."""
+    return name if name == "one step" else f"teacher, {name} step{'s' * (name > 1)}"
 
 
 def metric_name(args):
@@ -309,10 +313,8 @@ def metric_name(args):
 
 def write_results(args, description, real, judge, floor, rows, seconds, out):
     """config.json and metrics.json."""
-    versions = {"torch": torch.__version__, "processes": fgm.world_size()}
-    run.write_json(out / "config.json", description | versions | {"settings": vars(args) | {"out": str(out)}})
     key = "fid" if args.fid else "pixel_frechet"
-    run.write_json(out / "metrics.json", {
+    run.write_results(out, description | {"settings": vars(args) | {"out": str(out)}}, {
         "metric": metric_name(args), "samples": args.samples,
         "against": f"{len(real.pixels)} training images of {args.data}",
         "detector": "torch-fidelity Inception-v3" if args.fid else "raw pixels",
@@ -328,7 +330,6 @@ def print_results(args, real, judge, floor, rows, seconds, out):
     """The table of scores."""
     data = f"{args.data} (conditional)" if args.cond else args.data
     print(f"{data}: {args.samples:,} samples against {len(real.pixels):,} training images")
-
     titles = f"{'accuracy':>10}{'worst class':>13}" if args.cond else ""
     print(f"  {'':18}{metric_name(args):>24}{titles}{'seconds':>9}")
 
@@ -337,10 +338,9 @@ def print_results(args, real, judge, floor, rows, seconds, out):
     print(f"  {'data, two halves':18}{floor:24.4f}{accuracy}{note}")
 
     for name, row in rows.items():
-        label = name if name == "one step" else f"teacher, {name} step{'s' if name > 1 else ''}"
         distance = row["fid" if args.fid else "pixel_frechet"]
         accuracies = f"{row['accuracy']:10.2%}{row['worst_class']:13.2%}" if args.cond else ""
-        print(f"  {label:18}{distance:24.4f}{accuracies}{row['seconds']:9.1f}")
+        print(f"  {title(name):18}{distance:24.4f}{accuracies}{row['seconds']:9.1f}")
 
     print("  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
           + f"; pictures and metrics.json in {out}")

@@ -29,8 +29,9 @@ import fgm
 from fgm import InputError
 from parts import flags, pipeline, run
 from parts.captions import digit_of, judge
+from parts.card import write_card
 from parts.flags import COUNT, Setting
-from parts.images import save_grid
+from parts.images import save_grid, save_samples
 from parts.mmdit import GAN, memory_estimate, networks
 from parts.prompts import Embeddings, encode_prompts, grammar, read_prompts
 from parts.sizes import check_memory, check_sizes
@@ -230,18 +231,18 @@ def score(args, folder, prompts, device, dtype, out):
         "teacher, 1 step": (folder, 1, args.guidance),
         "one step": (out / "pipeline", 1, 0),
     }
-    rows, miniature = {}, is_miniature(folder)
+    rows, drawn, miniature = {}, {}, is_miniature(folder)
     for name, (source, steps, guidance) in samplers.items():
         pipe = pipeline.open_pipeline(source, device, dtype)
         began = time.perf_counter()
         size, batch = (args.height, args.width), 50 if miniature else 4
-        images = pipeline.draw(pipe, prompts, steps, guidance, size, args.seed, batch)
+        images = pipeline.draw(pipe, prompts, steps, guidance, size, args.seed, batch, f"scoring: {name}")
         rows[name] = {"seconds_per_image": (time.perf_counter() - began) / len(prompts)}
         del pipe
-        path = out / f"{name.replace(', ', '-').replace(' ', '-')}.png"
-        save_grid(path, images[:240:8] if miniature else images[:8])
+        drawn[name] = images[:240:8] if miniature else images[:8]
         if miniature:
             rows[name]["following"], rows[name]["pixel_frechet"] = judge(images, prompts)
+    save_samples(out, drawn)
     return rows
 
 
@@ -249,11 +250,8 @@ def report(args, rows, coefficients, seconds, out):
     """Write config.json and metrics.json, and print the table."""
     judged = "pixel_frechet" in rows["one step"]
     metric = "pixel_frechet" if judged else "seconds_per_image"
-    run.write_json(out / "config.json", {
-        "generator": coefficients, "settings": vars(args), "torch": torch.__version__,
-        "processes": fgm.world_size()})
     teacher = {"1": rows["teacher, 1 step"][metric], "28": rows["teacher, 28 steps"][metric]}
-    run.write_json(out / "metrics.json", {
+    run.write_results(out, {"generator": coefficients, "settings": vars(args)}, {
         "metric": metric, "samples": args.samples, "teacher": teacher, "one_step": rows["one step"][metric],
         "rows": rows, "seconds": seconds})
     print(f"{args.model}: {args.samples} samples")
@@ -307,29 +305,37 @@ def main():
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in)
 
     # Distillation, Algorithm 1.
-    def picture(step, generator):
-        chosen = torch.arange(8) % len(prompts)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            latents = generator(run.noise_from(torch.arange(8), shape, device), **embeddings(chosen))
-            if fgm.process_rank() == 0:
-                save_grid(out / f"distill-{step:07d}.png", pipeline.decode(folder, latents))
+    guided = fgm.Guided(teacher, args.guidance, embeddings.null)
+
+    def draw(sampler, n, first=0):
+        """Latents [n, 16, h, w] of n prompts from all over the list, noise by seeds first, first + 1, ..."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), torch.no_grad():
+            return torch.cat([
+                sampler(run.noise_from(i + first, shape, device), **embeddings(i * len(prompts) // n))
+                for i in torch.arange(n).split(args.micro_batch or n)])
+
+    few = min(args.samples, 32)
+
+    def judged(images):
+        return judge(images, [prompts[i * len(prompts) // few] for i in range(few)])[1]
 
     folder_run = run.folder_run(args, out)
-    folder_run.picture = picture
+    folder_run.picture = pipeline.pictures(
+        folder, out, guided, draw, few, judged if is_miniature(folder) else None)
     folder_run.fingerprint = {
         "model": str(args.model), "lora": args.lora, "prompts": len(prompts), "guidance": args.guidance,
         "height": args.height, "width": args.width, "real": args.real,
         "gan": [args.gan_generator, args.gan_discriminator], "teacher_weights": run.fingerprint_of(teacher)}
     generator, distill_seconds = fgm.distill(
-        fgm.Guided(teacher, args.guidance, embeddings.null), generator, flow, shape,
-        conditions=lambda seeds: embeddings(seeds % len(prompts)), eps=1e-6, extra=gan, run=folder_run,
+        guided, generator, flow, shape, conditions=lambda seeds: embeddings(seeds % len(prompts)), eps=1e-6,
+        extra=gan, run=folder_run,
         **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
 
     # The files, and the scores.
     run.save_weights(generator.net, out / "generator.safetensors")
     pipeline.export(folder, generator, args.lora, dtype, out)
     coefficients = generator.coefficients()
-    del teacher, flow, net, generator, gan  # the device is for the pipelines now
+    del teacher, guided, flow, net, generator, gan, folder_run  # the device is for the pipelines now
     if fgm.process_rank() == 0:
         torch.cuda.empty_cache()
         began = time.perf_counter()
@@ -337,6 +343,7 @@ def main():
         rows = score(args, folder, chosen, device, dtype, out)
         seconds = {"distillation": distill_seconds, "scores": time.perf_counter() - began}
         report(args, rows, coefficients, seconds, out)
+        write_card(folder, vars(args), coefficients, len(prompts), rows, out)
 
 
 if __name__ == "__main__":

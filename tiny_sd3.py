@@ -19,6 +19,7 @@ import torch
 
 import fgm
 from fgm import InputError
+from parts.bars import bar, batches
 from parts.captions import PROMPTS, SIZE, captioned_digits, captions, judge
 from parts.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
 from parts.images import save_grid, to_uint8
@@ -107,7 +108,8 @@ def train_vae(steps, batch=64, lr=3e-3):
         sample_size=SIZE, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False)
     images, _, _ = captioned_digits()
     adam = torch.optim.Adam(vae.parameters(), lr=lr)  # a plain loop: the VAE is not the subject
-    for step in range(steps):
+    for begin in batches(steps * batch, batch, "VAE"):
+        step = begin // batch
         for group in adam.param_groups:
             group["lr"] = lr * fgm.schedule(step, steps, 20, steps // 2)
         x = images[torch.randint(len(images), (batch,))]
@@ -139,15 +141,17 @@ def train_transformer(pipe, kimg, batch, lr, seed):
     pooled = torch.cat([part[2] for part in encoded])  # [241, 64]
 
     def data(seeds):
+        shown.update(len(seeds))
         index, choice = seeds % len(latents), seeds // len(latents)
         prompt = styles[index] * 80 + labels[index] * 8 + choice % 8
         prompt = torch.where(choice // 8 % 10 == 0, len(PROMPTS), prompt)
         return latents[index], {"encoder_hidden_states": embeds[prompt], "pooled_projections": pooled[prompt]}
 
     steps = math.ceil(1000 * kimg / batch)
-    _, seconds = fgm.train_flow(
-        SD3Velocity(pipe.transformer.train()), data, steps=steps, batch=batch, lr=lr, betas=(0.9, 0.99),
-        lr_warmup=50, lr_decay=2 * steps // 3 / steps, t_flow=(0.0, 1.0), ema_decay=0.99, seed=seed)
+    with bar("transformer", steps * batch) as shown:
+        _, seconds = fgm.train_flow(
+            SD3Velocity(pipe.transformer.train()), data, steps=steps, batch=batch, lr=lr, betas=(0.9, 0.99),
+            lr_warmup=50, lr_decay=2 * steps // 3 / steps, t_flow=(0.0, 1.0), ema_decay=0.99, seed=seed)
     pipe.transformer.eval()
     return seconds
 
@@ -218,7 +222,7 @@ def main():
     prompts = (PROMPTS * math.ceil(args.samples / len(PROMPTS)))[: args.samples]
     pipe = open_pipeline(out, torch.device("cpu"), torch.float32)
     started = time.perf_counter()
-    images = draw(pipe, prompts, 28, 4.0, (SIZE, SIZE), args.seed)
+    images = draw(pipe, prompts, 28, 4.0, (SIZE, SIZE), args.seed, what="scoring")
     following, distance = judge(images, prompts)
     save_grid(out / "samples.png", images[:: len(images) // 64 or 1][:64])
     ended = time.perf_counter()

@@ -23,7 +23,8 @@ from fgm import InputError
 from parts import flags, sizes
 from parts.flags import Setting
 from parts.points import draw_frame, draw_panels, write_movie
-from parts.run import command, fingerprint_of, folder_run, save_weights, setup, shard, write_json
+from parts.progress import scores
+from parts.run import command, fingerprint_of, folder_run, save_weights, setup, shard, write_results
 
 # ------------------------------------------------------------------------------------------------------------
 # Data, network, distance
@@ -112,7 +113,7 @@ DEFAULTS = dict(
     teacher_steps=3000, teacher_lr=4e-3, teacher_t=(0.0, 1.2), steps=3600, batch=768, lr=1e-3, flow_lr=4e-3,
     lr_warmup=100, lr_decay=2 / 3, clip=1.0, ema=0.99, t_star=0.5, c_in=1.0, c_skip=1.0, l1_weight=1.0,
     weight="noise", t_generator=(0.5, 2.0), t_flow=(0.5, 2.0), loss_scale=1.0, flow_updates=1, one_pass=True,
-    samples=50_000, save_every=1000, log_every=100,
+    samples=50_000, save_every=1000, log_every=100, picture_every=400,
 )
 FLAGS = {
     "data": Setting(str, [*DATA, "all"], "what the teacher learns; all: each in turn, in OUT/DATA"),
@@ -150,7 +151,7 @@ def main():
     if fgm.process_rank():
         return
     if args.data == "all":
-        write_json(out / "metrics.json", {"metric": "energy distance", "data": found})
+        write_results(out, {"settings": vars(args)}, {"metric": "energy distance", "data": found})
     for name, metrics in found.items():
         print_table(name, metrics, folders[name])
 
@@ -173,9 +174,18 @@ def distil(args, name, device, run):
     net.load_state_dict(teacher.state_dict())
     flow.load_state_dict(teacher.state_dict())
     run.fingerprint |= {"teacher_weights": fingerprint_of(teacher)}
+    few = min(args.samples, 5000)
+    test, z = toy_data(name, few, args.seed + 1), fgm.Draws(few, device, args.seed, fgm.SCORES).normal((2,))
+    scored = scores(teacher, lambda sampler: energy_distance(sampler(z), test))
+
+    def picture(step, generator):
+        if args.movie:
+            draw_frame(run.out / "movie", step, generator, data, args.seed)
+        return scored(step, generator)
+
+    run.picture = picture
     if args.movie:
         run.picture_every = max(1, args.steps // FRAMES)
-        run.picture = lambda step, generator: draw_frame(run.out / "movie", step, generator, data, args.seed)
     generator, distill_seconds = fgm.distill(
         teacher, generator, flow, (2,), run=run, **flags.distillation_settings(args, args.steps)
     )
@@ -212,12 +222,9 @@ def score(args, name, device, teacher, generator, seconds, began, out):
         write_movie(out / "movie", out / "movie.gif")
     now = time.perf_counter()
     metrics["seconds"] = seconds | {"scores": now - scoring, "all": now - began}
-    write_json(out / "metrics.json", metrics)
-    write_json(out / "config.json", {
+    write_results(out, {
         "settings": vars(args) | {"data": name, "out": str(out)}, "generator": generator.coefficients(),
-        "network": {"dim": 2, "width": 128, "depth": 4, "freqs": 32, "times": 8},
-        "torch": torch.__version__, "processes": fgm.world_size(),
-    })
+        "network": {"dim": 2, "width": 128, "depth": 4, "freqs": 32, "times": 8}}, metrics)
     return metrics
 
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
+from parts.bars import bar, batches
+from parts.progress import scores
 from parts.run import atomically, first_process, moved, noise_from
 from parts.sizes import check_memory
 
@@ -68,22 +70,41 @@ def eight_bits(image):
     return Image.fromarray(np.rint(values / (top / 255)).astype(np.uint8)).convert("RGB")
 
 
-def save_grid(path, images, columns=10, least=32):
-    """Write uint8 images [N, C, H, W], C 1 or 3, row by row as one PNG.
+def save_grid(path, images, columns=10, titles=(), least=600):
+    """Write uint8 images [N, C, H, W], C 1 or 3, row by row as one PNG, with gaps between them.
 
-    Small images are enlarged by a whole factor to a height of `least` pixels or more."""
-    from PIL import Image
+    They are enlarged without blur, by a whole factor, until the rows are `least` pixels wide or more. titles:
+    one for each row, written at its left."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    n, c, h, w = images.shape
+    n, _, h, w = images.shape
+    columns = min(columns, n)
     rows = math.ceil(n / columns)
-    zoom = math.ceil(least / h)
-    canvas = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
-    canvas[:n] = images
-    canvas = canvas.view(rows, columns, c, h, w)  # [N, C, H, W] -> [rows, columns, C, H, W]
-    canvas = canvas.permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)  # -> [rows H, columns W, C]
-    canvas = canvas.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    zoom = math.ceil(least / (columns * w))
+    h, w, gap = h * zoom, w * zoom, max(2, w * zoom // 16)
+    font = ImageFont.load_default(16)
+    margin = math.ceil(max((font.getlength(title) + 2 * gap for title in titles), default=0))
+    canvas = Image.new("RGB", (margin + columns * (w + gap) + gap, rows * (h + gap) + gap), "white")
+    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, 3]
+    for i, image in enumerate(pixels.numpy()):
+        corner = margin + gap + i % columns * (w + gap), gap + i // columns * (h + gap)
+        canvas.paste(Image.fromarray(image).resize((w, h), Image.Resampling.NEAREST), corner)
+    for i, title in enumerate(titles):
+        middle = gap + i * (h + gap) + h // 2
+        ImageDraw.Draw(canvas).text((gap, middle), title, "black", font, "lm")
     with atomically(path) as temporary:
-        Image.fromarray(canvas.expand(-1, -1, 3).numpy()).save(temporary)
+        canvas.save(temporary)
+
+
+def save_samples(out, drawn):
+    """Pictures of {title: uint8 images [N, C, H, W], the same seeds in each}, written into the folder out.
+
+    samples.png has a row for each title; TITLE.png has all images, one-step.png for instance."""
+    for title, images in drawn.items():
+        save_grid(out / f"{title.replace(', ', '-').replace(' ', '-')}.png", images)
+    if drawn:
+        rows = [images[:10] for images in drawn.values()]
+        save_grid(out / "samples.png", torch.cat(rows), len(rows[0]), list(drawn))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,7 +136,8 @@ def load_images(data, resolution=None, cond=False):
     elif data == "cifar10":
         images = cifar10()
     else:
-        images = image_folder(Path(data), resolution)
+        with bar(f"reading {data}"):
+            images = image_folder(Path(data), resolution)
     if cond and len(images.classes) < 2:
         raise InputError(f"--cond needs at least two classes, {data} has {len(images.classes)}")
     if resolution and images.pixels.shape[-1] != resolution:
@@ -245,17 +267,18 @@ def images_at_once(shape):
     return max(1, 500 * 32**2 // max(32**2, shape[1] * shape[2]))
 
 
-def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=None):
+def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=None, what=None):
     """n images of sampler(noise, **cond) -> x0, uint8 [n, *shape], and their labels [n], on every CPU.
 
     Image i has class classes[i % len(classes)] (by default all classes in turn) and noise that depends on
     (seed, i) alone. A collective call: the processes share each batch. A last batch that is not full is
-    filled with images that are dropped, because sharded networks must be called by all processes."""
+    filled with images that are dropped, because sharded networks must be called by all processes. what: the
+    title of a progress bar."""
     check_memory(f"{n} images", 2 * n * math.prod(shape))
     classes = torch.tensor(range(label_dim or 1) if classes is None else classes)
     share = math.ceil(min(batch or images_at_once(shape), n) / world_size())
     images = []
-    for begin in range(0, n, share * world_size()):
+    for begin in batches(n, share * world_size(), what):
         indices = begin + process_rank() * share + torch.arange(share)
         cond = {}
         if label_dim:
@@ -301,6 +324,31 @@ def raw_pixels(pixels):
 def pixel_frechet(real, fake):
     """Fréchet distance on the raw pixels (-1..1) of uint8 images [N, C, R, R]."""
     return frechet_distance(raw_pixels(real), raw_pixels(fake))
+
+
+def coarse_frechet(real, fake, size=8):
+    """pixel_frechet of at most 10,000 real images and few fake ones, averaged to size x size pixels: cheap.
+
+    Beside pixel_frechet of many samples it is too large, since few samples vary; compare it with its like."""
+    real = real[random_order(len(real))[:10_000]]
+    features = [F.adaptive_avg_pool2d(to_float(pixels), size).flatten(1) for pixels in (real, fake)]
+    return frechet_distance(*features)  # each [N, C, R, R] -> [N, C, 8, 8] -> [N, D]
+
+
+def pictures(out, real, teacher, draw, samples):
+    """A picture(step, generator) for FolderRun: a grid of 100 images in out, and coarse_frechet for the log.
+
+    real: uint8 [N, C, R, R]. draw(sampler, n): n images of a fixed seed; every process calls it. samples: how
+    many the score is measured on."""
+    scored = scores(teacher, lambda sampler: coarse_frechet(real, draw(sampler, samples)))
+
+    def picture(step, generator):
+        grid = draw(generator, 100)
+        if process_rank() == 0:
+            save_grid(out / f"distill-{step:07d}.png", grid)
+        return scored(step, generator)
+
+    return picture
 
 
 def random_order(n):
@@ -398,8 +446,9 @@ def inception_statistics(pixels, weights, device):
     if len(pixels) < 2:
         raise InputError(f"no FID: it needs at least two images on either side, got {len(pixels)}")
     network, on_gpu = inception(weights, device), device.type == "cuda"
-    statistics = fid_input_id_to_statistics(1, network, "2048", input1=RGB(pixels), cuda=on_gpu,
-                                            verbose=False)
+    with bar(f"Inception features of {len(pixels):,} images"):
+        statistics = fid_input_id_to_statistics(1, network, "2048", input1=RGB(pixels), cuda=on_gpu,
+                                                verbose=False)
     if not np.isfinite(statistics["sigma"]).all():
         raise InputError("no FID: some Inception features are not finite; are the Inception weights whole?")
     return statistics

@@ -6,15 +6,28 @@ import math
 import os
 import shutil
 import zlib
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
-from parts.images import channels_first, image_files, read_image, refuse_link_out, to_float, to_uint8
+from parts.bars import bar, batches
+from parts.images import (
+    channels_first,
+    frechet_distance,
+    image_files,
+    read_image,
+    refuse_link_out,
+    save_grid,
+    to_float,
+    to_uint8,
+)
+from parts.progress import scores
 from parts.prompts import (
     ENCODERS,
     Rows,
@@ -273,8 +286,9 @@ def export(folder, generator, lora_rank, dtype, out):
     temporary, target = out / "pipeline.tmp", out / "pipeline"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        copy_source(folder, temporary)
-        transformer.save_pretrained(temporary / "transformer")
+        with bar(f"writing {target}"):
+            copy_source(folder, temporary)
+            transformer.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
@@ -306,22 +320,23 @@ def open_pipeline(folder, device, dtype):
     """The pipeline in a folder, on the device. Raises InputError if it cannot be loaded."""
     check_pipeline(Path(folder), folder)
     networks = [name for name, (_, weights) in COMPONENTS.items() if weights]
-    pipe = load_pipeline(folder, networks, device, dtype)
+    with bar(f"loading {folder}"):
+        pipe = load_pipeline(folder, networks, device, dtype)
     pipe.vae.enable_slicing()  # images are decoded one by one: at 1024 pixels, several fill the memory
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def draw(pipe, prompts, steps, guidance, size, seed=0, batch=50):
+def draw(pipe, prompts, steps, guidance, size, seed=0, batch=50, what=None):
     """One uint8 image per prompt, stacked: [N, 3, H, W], size = (H, W).
 
-    Image i depends on (seed + i, its prompt) alone, whatever the batch."""
+    Image i depends on (seed + i, its prompt) alone, whatever the batch. what: the title of a progress bar."""
     height, width = size
     check_memory(f"{len(prompts)} images", 2 * 3 * height * width * len(prompts))
     scale = pipe.vae_scale_factor
     shape = (pipe.transformer.config.in_channels, height // scale, width // scale)
     images = []
-    for i in range(0, len(prompts), batch):
+    for i in batches(len(prompts), batch, what):
         texts = prompts[i : i + batch]
         seeds = torch.arange(seed + i, seed + i + len(texts))
         latents = noise_from(seeds, shape, pipe.device).to(pipe.transformer.dtype)
@@ -341,6 +356,37 @@ def decode(folder, latents):
         with torch.no_grad():
             images.append(to_uint8(vae.decode(part / scale + shift).sample).cpu())
     return torch.cat(images)  # N x [1, 3, H, W] -> [N, 3, H, W]
+
+
+def pictures(folder, out, teacher, draw, samples, judged=None):
+    """A picture(step, generator) for FolderRun: 8 decoded images as a grid in out, and a score for the log.
+
+    draw(sampler, n, first) -> n latents, by noise seeds from first; every process calls it. The score of
+    `samples` images is judged(uint8 images), or without one the Fréchet distance of latents, averaged over
+    the quarters of an image, to latents of the teacher's 50 steps from other noise."""
+
+    def quarters(latents):
+        return F.adaptive_avg_pool2d(latents.float(), 2).flatten(1).cpu()  # [N, 16, h, w] -> [N, 64]
+
+    @cache
+    def reference():
+        return quarters(draw(partial(fgm.sample_ode, teacher, steps=50), samples, first=samples))
+
+    def measure(sampler):
+        latents = draw(sampler, samples)
+        if judged:
+            return judged(decode(folder, latents))
+        return frechet_distance(reference(), quarters(latents))
+
+    scored = scores(teacher, measure)
+
+    def picture(step, generator):
+        latents = draw(generator, 8)
+        if fgm.process_rank() == 0:
+            save_grid(out / f"distill-{step:07d}.png", decode(folder, latents))
+        return scored(step, generator)
+
+    return picture
 
 
 def geneval(pipe, metadata, target, steps, guidance, size, seed):

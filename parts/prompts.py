@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import fgm
 from fgm import InputError
+from parts.bars import bar
 from parts.run import first_process, moved, open_folder, read_json, save_tensors, write_json
 
 # ------------------------------------------------------------------------------------------------------------
@@ -125,9 +126,11 @@ def fill(cache, files, load, encode):
         dist.barrier()  # all have looked before one writes
     mine = missing[fgm.process_rank() :: fgm.world_size()]
     if mine:
-        encoder = load()
-        for name in mine:
-            save_tensors(encode(encoder, files[name]), cache / f"{name}.safetensors")
+        with bar(f"encoding, for {cache}", sum(len(files[name]) for name in mine), unit="rows") as shown:
+            encoder = load()
+            for name in mine:
+                save_tensors(encode(encoder, files[name]), cache / f"{name}.safetensors")
+                shown.update(len(files[name]))
         del encoder
         torch.cuda.empty_cache()
     if fgm.world_size() > 1:
@@ -192,9 +195,11 @@ def load_component(folder, name, dtype):
         "text_encoder": transformers.CLIPTextModelWithProjection,
         "text_encoder_2": transformers.CLIPTextModelWithProjection,
         "text_encoder_3": transformers.T5EncoderModel}
+    diffuses = issubclass(kinds[name], diffusers.ModelMixin)
+    precision = {"torch_dtype" if diffuses else "dtype": dtype}  # diffusers 0.36 passes over "dtype"
     try:
         network, loading = kinds[name].from_pretrained(
-            Path(folder) / name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            Path(folder) / name, use_safetensors=True, output_loading_info=True, **precision)
     except Exception as error:  # the libraries raise what they like
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"cannot load {Path(folder) / name} ({reason})") from error
@@ -271,8 +276,10 @@ def encode_prompts(folder, prompts, cache, device, dtype, max_length=256):
     Files that exist are kept; the processes share the work. Raises InputError if cache holds embeddings of
     another model (by the content of its text encoders and tokenizers), other prompts or another precision."""
     cache = open_folder(cache)
+    with bar("reading the text encoders"):
+        model = contents(folder, "text_encoder*/*", "tokenizer*/*") if fgm.process_rank() == 0 else None
     first_process(lambda: claim(cache, {
-        "model": contents(folder, "text_encoder*/*", "tokenizer*/*"),
+        "model": model,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "number": len(prompts),
         "dtype": str(dtype),

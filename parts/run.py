@@ -9,9 +9,11 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -23,10 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import fgm
 from fgm import Diverged, InputError, gathered, process_rank, world_size
+from parts import progress
+from parts.bars import bar
 
 # ------------------------------------------------------------------------------------------------------------
 # A command
@@ -235,6 +238,30 @@ def finite(content):
     if isinstance(content, (list, tuple)):
         return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def about_this_run():
+    """What a number was measured with: command, commit (None outside git), versions, hardware."""
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions |= {name: sys.modules[name].__version__ for name in ("diffusers", "transformers")
+                 if name in sys.modules}
+    device = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "commit": commit, "versions": versions, "hardware": device,
+            "processes": world_size()}
+
+
+def write_results(out, config, metrics):
+    """config.json and metrics.json, which also say by what they were made."""
+    write_json(out / "config.json", config | {"torch": torch.__version__, "processes": world_size()})
+    write_json(out / "metrics.json", metrics | about_this_run())
 
 
 def write_json(path, content):
@@ -460,7 +487,8 @@ class FolderRun(fgm.Run):
     resume: "same" goes on with what is there if its settings are ours, and raises InputError otherwise; "any"
     goes on whatever changed; "no" removes the checkpoints of all phases now. fingerprint: further settings
     that a resumed run must share. picture(step, generator), if given, is called every picture_every steps
-    (None: at the end) of a distillation, with the averaged weights in place and without gradients."""
+    and at the end of a distillation, with the averaged weights in place and without gradients; a dict of
+    numbers that it returns goes into the log. progress.png is drawn then, unless it was a moment ago."""
 
     PHASES = ("teacher", "distill")
     T_BINS = 10
@@ -487,7 +515,7 @@ class FolderRun(fgm.Run):
         if self.resume == "no":
             for old in [path for phase in self.PHASES for path in checkpoints(self.folder, phase)]:
                 shutil.rmtree(old)
-            for name in ("generator.safetensors", "metrics.json", "log.jsonl"):
+            for name in ("generator.safetensors", "metrics.json", "log.jsonl", "progress.png"):
                 (self.out / name).unlink(missing_ok=True)
 
     def steps(self, phase, steps, learners, settings):
@@ -497,37 +525,50 @@ class FolderRun(fgm.Run):
         self.phase, self.first_bad = phase, None
         self.last_good = self.folder / f"{phase}-{start:09d}" if start else None
         device = next(iter(next(iter(learners.values())).parameters.values())).device
-        self.open_log(start, steps, settings["batch"], device)
-        for self.step in range(start, steps):
+        self.open_log(start, settings["batch"], device)
+        title, batch = "distillation" if phase == "distill" else phase, settings["batch"]
+        with bar(title, steps * batch, start * batch) as self.bar:
+            yield from self.each_step(phase, range(start, steps), learners, settings, began)
+        self.seconds = time.perf_counter() - began if start < steps else before
+
+    def each_step(self, phase, numbers, learners, settings, began):
+        """The steps with these numbers, and what is due after each: picture, log, checkpoint."""
+        steps = numbers.stop
+        for self.step in numbers:
             done = self.step + 1
-            self.logging = done % self.log_every == 0 or done == steps
+            drawing = self.picture and "generator" in learners
+            drawing = drawing and (done % (self.picture_every or steps) == 0 or done == steps)
+            self.logging = drawing or done % self.log_every == 0 or done == steps
             yield self.step
-            self.bar.update()
+            self.bar.update(self.batch)
+            if drawing:
+                self.draw(learners["generator"], done)
             if self.logging:
                 self.write_log(done)
+            if drawing and process_rank() == 0 and (done == steps or time.perf_counter() > self.draw_after):
+                drawn = time.perf_counter()
+                with atomically(self.out / "progress.png") as temporary:
+                    progress.draw(self.out / "log.jsonl", temporary)
+                self.draw_after = drawn + 100 * (time.perf_counter() - drawn)  # 1 % of the time at most
             if done % self.save_every == 0 or done == steps:
                 self.check()
                 seconds = time.perf_counter() - began
                 self.last_good = save_checkpoint(self.folder, phase, done, learners, settings, seconds)
-            if self.picture and "generator" in learners and done % (self.picture_every or steps) == 0:
-                self.draw(learners["generator"], done)
-        self.bar.close()
-        self.seconds = time.perf_counter() - began if start < steps else before
 
     def draw(self, learner, step):
+        self.check()
         learner.swap()
         with torch.no_grad():
-            self.picture(step, learner.module)
+            self.scores = self.picture(step, learner.module) or {}
         for part in learner.module.modules():
             if hasattr(part, "reshard"):
                 part.reshard()  # FSDP2 keeps the outermost weights gathered after passes without gradients
         learner.swap()
 
-    def open_log(self, start, steps, batch, device):
+    def open_log(self, start, batch, device):
         self.batch, self.logged, self.since, self.extras = batch, start, time.perf_counter(), {}
+        self.scores, self.draw_after = {}, 0.0
         self.sums, self.bins = 0, torch.zeros(2, self.T_BINS, device=device)
-        silent = True if process_rank() else None
-        self.bar = tqdm(total=steps, initial=start, desc=self.phase, disable=silent, mininterval=0.5)
         path = self.out / "log.jsonl"
         if process_rank() == 0 and path.exists():  # drop what was logged after the checkpoint
             kept = [line for line in path.read_text(errors="replace").splitlines() if self.holds(line, start)]
@@ -580,7 +621,7 @@ class FolderRun(fgm.Run):
             dist.all_reduce(bins)
         record = {"phase": self.phase, "step": step, "kimg": step * self.batch / 1000}
         record |= dict(zip(self.names, sums.tolist(), strict=True))
-        record |= {name: value.item() for name, value in self.extras.items()}
+        record |= {name: value.item() for name, value in self.extras.items()} | self.scores
         record["flow_loss_by_t"] = [total / n if n else None for total, n in zip(*bins.tolist(), strict=True)]
         record["images_per_s"] = (step - self.logged) * self.batch / (time.perf_counter() - self.since)
         self.bar.set_postfix({name: f"{record[name]:.3g}" for name in self.names[:3]}, refresh=False)
@@ -591,5 +632,5 @@ class FolderRun(fgm.Run):
             except OSError as error:
                 kept = f"; the last checkpoint is {self.last_good}" if self.last_good else ""
                 raise InputError(f"cannot write {self.out / 'log.jsonl'} ({error.strerror}){kept}") from error
-        self.sums, self.logged, self.since = 0, step, time.perf_counter()
+        self.sums, self.scores, self.logged, self.since = 0, {}, step, time.perf_counter()
         self.bins.zero_()

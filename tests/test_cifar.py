@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensorMode
 import bench
 import cifar
 import fgm
-from parts import memory, run
+from parts import memory, progress, run
 from parts.edm import Conv, EDMUNet, EDMVelocity, GroupNorm, load_edm, load_network
 from parts.images import draw_images, load_images, pixel_frechet
 
@@ -359,7 +359,11 @@ def test_command_writes_what_it_promises(finished):
     pixels, labels = draw_images(generator, 60, (1, 8, 8), 10, "cpu")
     distance = pixel_frechet(load_images("digits").pixels, pixels)
     assert distance == pytest.approx(metrics["one_step"], rel=1e-3)
-    for name in ("one-step.png", "teacher-50-steps.png", "distill-0000020.png"):
+    curves, teacher = progress.read(out / "log.jsonl")  # on as few samples, the same distance
+    assert curves["score"] == ([20], [pytest.approx(metrics["one_step"])])
+    assert teacher == pytest.approx(metrics["teacher"])
+    names = ("one-step.png", "teacher-50-steps.png", "distill-0000020.png", "samples.png", "progress.png")
+    for name in names:
         assert (out / name).stat().st_size > 100
     for name in ("config.json", "log.jsonl", "teacher.safetensors"):
         assert (out / name).stat().st_size > 100

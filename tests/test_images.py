@@ -57,14 +57,6 @@ def test_folder_names_what_is_wrong(tmp_path):
             images.load_images(str(path), cond=cond)
 
 
-def test_grid_places_images_row_by_row(tmp_path):
-    pixels = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2) * 50
-    images.save_grid(tmp_path / "grid.png", pixels, columns=2, least=4)
-    grid = torch.from_numpy(np.array(Image.open(tmp_path / "grid.png").convert("L"))).long()
-    expected = torch.tensor([[0, 50], [100, 0]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
-    assert torch.equal(grid, expected)
-
-
 def test_frechet_distance_of_known_gaussians():
     n = torch.randn(200_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     matrix = torch.tensor([[1.0, 0.5], [0.0, 1.0]]).double()

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ENV, ROOT, assert_refused, command, drive
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import bench
 import fgm
 import sd3
-from parts import pipeline
+from parts import pipeline, progress
 from parts.captions import PROMPTS, captioned_digits, captions, judge
 from parts.images import save_grid, to_uint8
 from parts.mmdit import GAN, memory_estimate, networks
 from parts.pipeline import draw, export, open_pipeline
-from parts.prompts import Embeddings, Rows, encode_prompts, grammar, text_pipeline
+from parts.prompts import Embeddings, Rows, encode_prompts, grammar, load_component, text_pipeline
 from parts.run import FolderRun, noise_from, save_tensors
 from tiny_sd3 import TRANSFORMER
 
@@ -364,7 +365,7 @@ def test_stock_pipeline_draws_what_our_generator_draws(model, embeddings, tmp_pa
     source.scheduler = scheduler
     assert (latents(source) - expected).abs().max() > 0.01  # the source does not
     if lora_rank:
-        source.load_lora_weights(tmp_path / "lora.safetensors")
+        source.load_lora_weights(tmp_path, weight_name="lora.safetensors")
         assert (latents(source) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -389,6 +390,11 @@ def test_embeddings_are_the_pipelines_own_and_resume(model, embeddings, tmp_path
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == when
     with pytest.raises(fgm.InputError, match="another prompts"):
         encode_prompts(model, prompts[1:], tmp_path, CPU, torch.float32)
+
+
+def test_components_are_loaded_in_the_precision_asked_for(model):
+    for name in ("transformer", "vae", "text_encoder"):  # transformers keeps parts of T5 in float32
+        assert {p.dtype for p in load_component(model, name, torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 def test_grammar_makes_different_prompts_and_the_same_ones_again():
@@ -426,7 +432,10 @@ def test_command_writes_what_it_promises(finished, model):
     assert "memory per process, estimated" in printed and "GB, in a step (" in printed
     images = draw(open_pipeline(out / "pipeline", CPU, torch.float32), PROMPTS[:6], 1, 0, (32, 32))
     assert judge(images, PROMPTS[:6])[1] == pytest.approx(metrics["one_step"], rel=1e-3)
-    pictures = ("one-step.png", "teacher-28-steps.png", "distill-0000006.png")
+    assert ModelCard.load(out / "pipeline" / "README.md").data.library_name == "diffusers"
+    curves, teacher = progress.read(out / "log.jsonl")
+    assert curves["score"][0] == [6] and teacher.keys() == {"1", "10", "50"}
+    pictures = ("one-step.png", "teacher-28-steps.png", "distill-0000006.png", "samples.png", "progress.png")
     for name in (*pictures, "config.json", "log.jsonl", "generator.safetensors"):
         assert (out / name).stat().st_size > 100
     done = drive("sd3.py", "--out", out, "--sample", "the digit 7", "--n", 2)

@@ -15,11 +15,12 @@ import time
 import pytest
 import torch
 from helpers import ENV, ROOT, command, drive, drive_here
+from PIL import Image
 from safetensors.torch import load_file
 
 import fgm
 import toy2d
-from parts import run
+from parts import progress, run
 from parts.flags import Setting
 
 SMALL = ["--device", "cpu", "--batch", "16", "--teacher-steps", "30", "--steps", "40", "--save-every", "10"]
@@ -134,6 +135,27 @@ def test_lambdas_and_partials_are_told_apart_in_settings():
     assert len(names) == 6 and "sid_weight" in names and json.dumps(sorted(names))
 
 
+def test_the_log_holds_the_scores_of_generator_and_teacher(finished):
+    """The last point is the energy distance of the generator that was written, on the noise of the run."""
+    out = finished[0]
+    curves, teacher = progress.read(out / "log.jsonl")
+    assert curves["score"][0] == [40] and curves["flow_loss"][0] == [10, 20, 30, 40]
+    net = toy2d.VelocityMLP()
+    test, z = toy2d.toy_data("8gaussians", 500, 1), fgm.Draws(500, "cpu", 0, fgm.SCORES).normal((2,))
+
+    def distance(name, draw):
+        net.load_state_dict(load_file(out / f"{name}.safetensors"))
+        with torch.no_grad():
+            return toy2d.energy_distance(draw(net), test)
+
+    start = json.loads((out / "config.json").read_text())["generator"]
+    assert curves["score"][1] == [distance("generator", lambda net: fgm.OneStepGenerator(net, **start)(z))]
+    expected = {str(k): distance("teacher", lambda net, k=k: fgm.sample_ode(net, z, k)) for k in (1, 10, 50)}
+    assert teacher == pytest.approx(expected)
+    with Image.open(out / "progress.png") as picture:
+        assert picture.size == (880, 560)
+
+
 def test_another_teacher_is_not_taken_for_the_first(finished, tmp_path):
     """Run A; then other teacher settings with --overwrite, killed; then the same without: A is gone."""
     shutil.copytree(finished[0], tmp_path / "out", dirs_exist_ok=True)
@@ -185,7 +207,7 @@ def distil(out, weights_file):
         run.shard(one, [layer for layer in one.net if isinstance(layer, torch.nn.Linear)])
     z = torch.randn(4, 2)
     folder = run.FolderRun(out, save_every=2, picture_every=2)
-    folder.picture = lambda step, generator: generator(z)
+    folder.picture = lambda step, generator: {"mean": generator(z).mean().item()}
     generator = fgm.OneStepGenerator(nets[1], 0.8)
     fgm.distill(nets[0], generator, nets[2], (2,), steps=6, batch=8, lr=1e-2, ema_decay=0.9, run=folder)
     run.save_weights(generator.net, weights_file)

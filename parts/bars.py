@@ -1,0 +1,58 @@
+"""Progress on stderr: what is being done, how many images a second, how much time is left."""
+
+import math
+import sys
+import threading
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from fgm import process_rank
+
+
+class Lines:
+    """stderr for tqdm where it is no terminal: every report is a line of its own."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+@contextmanager
+def bar(what, total=None, done=0, unit="images"):
+    """A tqdm bar of the first process, to update(n) as images are done; without a total it shows the time.
+
+    what: "scoring", for instance; None: no bar. A thread redraws it every second, however long a call within
+    takes; where stderr is no terminal it prints a line a minute."""
+    terminal = sys.stderr.isatty()
+    silent = what is None or process_rank() > 0
+    shown = tqdm(desc=what, total=total, initial=done, unit=f" {unit}", unit_scale=True, disable=silent,
+                 file=None if terminal else Lines(), mininterval=math.inf,
+                 bar_format=None if total else "{desc}: {elapsed}")
+    finished = threading.Event()
+
+    def redraw():
+        while not finished.wait(1 if terminal else 60):
+            shown.refresh()
+
+    thread = threading.Thread(target=redraw, daemon=True)
+    try:
+        if not silent:
+            thread.start()
+        yield shown
+    finally:
+        finished.set()
+        if not silent:
+            thread.join()
+        shown.close()
+
+
+def batches(total, size, what):
+    """range(0, total, size) with the progress bar `what`."""
+    with bar(what, total) as shown:
+        for begin in range(0, total, size):
+            yield begin
+            shown.update(min(size, total - begin))

@@ -1,0 +1,62 @@
+"""The model card of an exported pipeline: README.md with the header that diffusers and the hub read."""
+
+from pathlib import Path
+
+from parts.run import atomically
+
+CALL = """```python
+from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained("this folder")
+image = pipe("a red fox in the snow", height={height}, width={width}, num_inference_steps=1,
+             guidance_scale=0).images[0]
+```"""
+
+
+def header_of(readme):
+    """The lines on licence and base model in the header of a model card; none if there is no such file."""
+    path = Path(readme)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    if "---" not in lines[1:] or lines[0] != "---":
+        return []
+    known = ("license:", "license_name:", "license_link:", "base_model:")
+    return [line for line in lines[1 : lines.index("---", 1)] if line.startswith(known)]
+
+
+def table(rows):
+    """{sampler: {score: value}} as the lines of a Markdown table."""
+    scores = list(next(iter(rows.values())))
+    titles = " | ".join(name.replace("_", " ") for name in scores)
+    lines = [f"| | {titles} |", "|---" * (len(scores) + 1) + "|"]
+    return lines + [f"| {name} | " + " | ".join(f"{row[key]:.4g}" for key in scores) + " |"
+                    for name, row in rows.items()]
+
+
+def write_card(folder, settings, generator, prompts, rows, out):
+    """Write OUT/pipeline/README.md. folder: of the source pipeline; settings: the run's, {name: value}.
+
+    generator: its coefficients; prompts: how many it was distilled on; rows: {sampler: {score: value}}."""
+    header, model = header_of(folder / "README.md"), settings["model"]
+    if not Path(model).is_dir():  # a hub id
+        header = [line for line in header if not line.startswith("base_model:")] + [f"base_model: {model}"]
+    header = ["library_name: diffusers", "pipeline_tag: text-to-image", *header]
+    names = ("batch", "lr", "flow_lr", "guidance", "l1_weight", "loss_scale", "lora", "seed")
+    given = [f"{name.replace('_', ' ')} {settings[name]}" for name in names if settings[name] is not None]
+    images = "real images for the GAN" if settings["real"] else "no images"
+    t_star, c_in = generator["t_star"], generator["c_in"]
+    size = f"{settings['height']} x {settings['width']}"
+    text = f"""# {Path(model).name} in one step
+
+{model}, distilled by Flow Generator Matching (arXiv 2410.19310): one network evaluation, no guidance.
+
+{CALL.format(**settings)}
+
+- t* = {t_star}, the scheduler's only sigma; c_in = {c_in}, in the weights of the patch embedding.
+- Trained on the velocities of {model} for {prompts} prompts, and on {images}: {settings['kimg']:g} thousand
+  samples of {size} pixels; {', '.join(given)}.
+
+Scores on {settings['samples']} prompts:
+"""
+    with atomically(out / "pipeline" / "README.md") as temporary:
+        lines = ["---", *header, "---", "", text, *table(rows)]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

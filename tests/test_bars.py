@@ -1,0 +1,38 @@
+"""Progress bars, on a terminal and without one."""
+
+import os
+import sys
+import termios
+import time
+
+from parts.bars import bar, batches
+
+
+def test_without_a_terminal_every_report_is_a_line(capsys):
+    assert list(batches(250, 100, "scoring")) == [0, 100, 200]
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("scoring:   0%") and last.startswith("scoring: 100%")
+    assert "250/250" in last and "images/s" in last
+
+
+def test_a_bar_without_a_name_says_nothing(capsys):
+    assert list(batches(2, 1, None)) == [0, 1]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_hears_of_long_work_every_second(monkeypatch):
+    """Nothing is counted for more than a second; the time goes on, also where the work ends in an error."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        try:
+            with bar("writing"):
+                time.sleep(1.3)
+                raise OSError
+        except OSError:
+            pass
+        monkeypatch.undo()
+        shown = os.read(ours, 4096).decode()
+    assert "writing: 00:00" in shown and "writing: 00:01" in shown
+    os.close(ours)
