@@ -1,4 +1,4 @@
-"""Progress on stderr: what is being done, how many images a second, how much time is left."""
+"""Progress: what is being done, how many images a second, how much time is left."""
 
 import math
 import sys
@@ -11,14 +11,14 @@ from fgm import process_rank
 
 
 class Lines:
-    """stderr for tqdm where it is no terminal: every report is a line of its own."""
+    """stdout for tqdm where stderr is no terminal, and has errors alone: every report is a line of its own."""
 
     def write(self, text):
         if text.strip():
-            sys.stderr.write(f"{text.strip()}\n")
+            sys.stdout.write(f"{text.strip()}\n")
 
     def flush(self):
-        sys.stderr.flush()
+        sys.stdout.flush()
 
 
 @contextmanager

@@ -27,12 +27,12 @@ def draw_panels(path, panels):
     data = histogram(next(iter(panels.values())))
     scale = data.max().item() / 2
     for (above, below), (title, x) in zip(axes.T, panels.items(), strict=True):
-        above.scatter(*x[:10_000].cpu().T, s=0.5, alpha=0.4, linewidths=0)
+        above.scatter(*x[:10_000].cpu().T.numpy(), s=0.5, alpha=0.4, linewidths=0)
         above.set(title=title, xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), aspect="equal")
-        below.imshow(histogram(x) - data, "RdBu_r", vmin=-scale, vmax=scale)
+        below.imshow((histogram(x) - data).numpy(), "RdBu_r", vmin=-scale, vmax=scale)
         for axis in (above, below):
             axis.set(xticks=[], yticks=[])
-    axes[1, 0].imshow(data, "Greys")
+    axes[1, 0].imshow(data.numpy(), "Greys")
     axes[1, 0].set(xlabel="density; right of it, the error\n(red: too much, blue: too little)")
     with atomically(path) as temporary:
         figure.savefig(temporary, dpi=80)

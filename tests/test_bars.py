@@ -10,14 +10,14 @@ from parts.bars import bar, batches
 
 def test_without_a_terminal_every_report_is_a_line(capsys):
     assert list(batches(250, 100, "scoring")) == [0, 100, 200]
-    first, last = capsys.readouterr().err.splitlines()
+    first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("scoring:   0%") and last.startswith("scoring: 100%")
     assert "250/250" in last and "images/s" in last
 
 
 def test_a_bar_without_a_name_says_nothing(capsys):
     assert list(batches(2, 1, None)) == [0, 1]
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_hears_of_long_work_every_second(monkeypatch):
