@@ -11,7 +11,7 @@ from fgm import process_rank
 
 
 class Lines:
-    """stdout for tqdm where stderr is no terminal, and has errors alone: every report is a line of its own."""
+    """stdout for tqdm where stderr is no terminal and has errors alone: every report is its own line."""
 
     def write(self, text):
         if text.strip():
