@@ -127,7 +127,7 @@ FLAGS = {
 }
 ODE_STEPS = (1, 2, 5, 10, 50)
 HEUN_STEPS = 25  # 49 evaluations
-FRAMES = 36
+FRAMES = 30
 
 
 def arguments():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fgm
 from parts.prompts import load_component
-from parts.run import noise_from, shard
+from parts.run import GATHERED_WHOLE, noise_from, shard
 
 # ------------------------------------------------------------------------------------------------------------
 # SD3's transformer as a velocity network
@@ -213,6 +213,8 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
         if lora_rank:
             add_lora(net, lora_rank, ("flow",))
             trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    if 4 * weights < GATHERED_WHOLE:
+        processes = 1  # each holds a replica
     number = 2 if bf16 else 4  # bytes of an activation, and of a frozen weight
 
     # Frozen weights; weights and Adam's second moment (beta1 is 0) of flow and generator; one's average.

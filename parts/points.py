@@ -49,10 +49,10 @@ def draw_frame(folder, step, generator, data, seed):
     both = torch.cat([density, histogram(generator(z))], 1)  # 2 x [BINS, BINS] -> [BINS, 2 BINS]
     colours = matplotlib.colormaps["magma"]((both / density.max() / 1.2).numpy())[..., :3]
     frame = Image.fromarray((255 * colours).astype("uint8"))
-    frame = frame.resize((10 * BINS, 5 * BINS), Image.Resampling.NEAREST)
+    frame = frame.resize((8 * BINS, 4 * BINS), Image.Resampling.NEAREST)
     write = ImageDraw.Draw(frame)
     write.text((6, 4), "data", "white")
-    write.text((5 * BINS + 6, 4), f"one step, after {step} steps of distillation", "white")
+    write.text((4 * BINS + 6, 4), f"one step, after {step} steps of distillation", "white")
     with atomically(open_folder(folder) / f"{step:09d}.png") as temporary:
         frame.save(temporary)
 
@@ -61,7 +61,7 @@ def write_movie(folder, path):
     """The frames in folder as an animated GIF."""
     from PIL import Image
 
-    frames = [Image.open(file).quantize(16) for file in sorted(folder.glob("*.png"))]
+    frames = [Image.open(file).quantize(12) for file in sorted(folder.glob("*.png"))]
     with atomically(path) as temporary:
         frames[0].save(temporary, save_all=True, append_images=frames[1:], optimize=True, loop=0,
                        duration=[80] * (len(frames) - 1) + [2000])  # milliseconds
