@@ -152,8 +152,9 @@ def main():
         return
     if args.data == "all":
         write_results(out, {"settings": vars(args)}, {"metric": "energy distance", "data": found})
-    for name, metrics in found.items():
-        print_table(name, metrics, folders[name])
+        print_summary(found, args.samples)
+    else:
+        print_table(args.data, found[args.data], out)
 
 
 def distil(args, name, device, run):
@@ -240,6 +241,17 @@ def print_table(name, metrics, out):
     print("  " + ", ".join(f"{phase} {value:.1f} s" for phase, value in metrics["seconds"].items()))
     print(f"  10,000 samples: {slow:.3f} s with 50 steps, {fast:.4f} s with one, "
           f"{slow / fast:.0f} times faster; see {out}/samples.png")
+
+
+def print_summary(found, samples):
+    """One table of several data sets. found: {name: metrics}."""
+    titles = ["floor", *(f"{steps} steps" for steps in ODE_STEPS), f"{HEUN_STEPS} Heun", "one step"]
+    print(f"energy distance to the data x 1000, {samples:,} samples")
+    print(f"{'':13}" + "".join(f"{title:>10}" for title in titles))
+    for name, metrics in found.items():
+        teacher = [*metrics["teacher"].values(), *metrics["teacher_heun"].values()]
+        values = [metrics["noise_floor"], *teacher, metrics["one_step"]]
+        print(f"{name:13}" + "".join(f"{1000 * value:10.3f}" for value in values))
 
 
 def seconds_to_draw(draw, repeats):
