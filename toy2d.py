@@ -220,7 +220,7 @@ def score(args, name, device, teacher, generator, seconds, began, out):
     panels = {"teacher, 1 step": drawn[1], "teacher, 50 steps": drawn[50], "one step": one_step}
     draw_panels(out / "samples.png", {"data": test} | panels)
     if args.movie:
-        write_movie(out / "movie", out / "movie.gif")
+        write_movie(out / "movie", out / "movie.gif", range(0, args.steps + 1, max(1, args.steps // FRAMES)))
     now = time.perf_counter()
     metrics["seconds"] = seconds | {"scores": now - scoring, "all": now - began}
     write_results(out, {

@@ -57,11 +57,12 @@ def draw_frame(folder, step, generator, data, seed):
         frame.save(temporary)
 
 
-def write_movie(folder, path):
-    """The frames in folder as an animated GIF."""
+def write_movie(folder, path, steps):
+    """The frames in folder of the given steps as an animated GIF; other runs may have left others."""
     from PIL import Image
 
-    frames = [Image.open(file).quantize(12) for file in sorted(folder.glob("*.png"))]
+    files = [folder / f"{step:09d}.png" for step in steps]
+    frames = [Image.open(file).quantize(12) for file in files if file.exists()]
     with atomically(path) as temporary:
         frames[0].save(temporary, save_all=True, append_images=frames[1:], optimize=True, loop=0,
                        duration=[80] * (len(frames) - 1) + [2000])  # milliseconds
