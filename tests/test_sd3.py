@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ENV, ROOT, assert_refused, command, drive
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -19,7 +20,7 @@ import fgm
 import sd3
 from parts import pipeline, progress
 from parts.captions import PROMPTS, captioned_digits, captions, judge
-from parts.images import save_grid, to_uint8
+from parts.images import to_uint8
 from parts.mmdit import GAN, memory_estimate, networks
 from parts.pipeline import draw, export, open_pipeline
 from parts.prompts import Embeddings, Rows, encode_prompts, grammar, load_component, text_pipeline
@@ -483,7 +484,7 @@ def test_bad_input_is_one_line_and_status_2(finished, model, tmp_path, monkeypat
     (broken["kind"] / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     small = tmp_path / "small"
     small.mkdir()
-    save_grid(small / "a.png", torch.zeros(1, 3, 48, 48, dtype=torch.uint8), 1)
+    Image.new("RGB", (48, 48)).save(small / "a.png")
     whole = ["--model", model, "--out", out, "--real", model / "images", *SMALL]
     cases = [
         (["--model", "nobody/nothing"], "hf auth login"),
