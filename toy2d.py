@@ -22,7 +22,7 @@ import fgm
 from fgm import InputError
 from parts import flags, sizes
 from parts.flags import Setting
-from parts.points import draw_frame, draw_panels, write_movie
+from parts.points import draw_frame, draw_panels, frame_steps, write_movie
 from parts.progress import scores
 from parts.run import command, fingerprint_of, folder_run, save_weights, setup, shard, write_results
 
@@ -127,7 +127,6 @@ FLAGS = {
 }
 ODE_STEPS = (1, 2, 5, 10, 50)
 HEUN_STEPS = 25  # 49 evaluations
-FRAMES = 30
 
 
 def arguments():
@@ -186,7 +185,7 @@ def distil(args, name, device, run):
 
     run.picture = picture
     if args.movie:
-        run.picture_every = max(1, args.steps // FRAMES)
+        run.picture_every = frame_steps(args.steps)[0]
     generator, distill_seconds = fgm.distill(
         teacher, generator, flow, (2,), run=run, **flags.distillation_settings(args, args.steps)
     )
@@ -220,7 +219,7 @@ def score(args, name, device, teacher, generator, seconds, began, out):
     panels = {"teacher, 1 step": drawn[1], "teacher, 50 steps": drawn[50], "one step": one_step}
     draw_panels(out / "samples.png", {"data": test} | panels)
     if args.movie:
-        write_movie(out / "movie", out / "movie.gif", range(0, args.steps + 1, max(1, args.steps // FRAMES)))
+        write_movie(out / "movie", out / "movie.gif", frame_steps(args.steps))
     now = time.perf_counter()
     metrics["seconds"] = seconds | {"scores": now - scoring, "all": now - began}
     write_results(out, {

@@ -5,6 +5,7 @@ import torch
 from parts.run import atomically, open_folder
 
 EDGE, BINS = 2.4, 60  # half the width of a picture; bins of a histogram, each way
+FRAMES = 30  # of a movie
 
 
 def histogram(x):
@@ -37,6 +38,12 @@ def draw_panels(path, panels):
     with atomically(path) as temporary:
         figure.savefig(temporary, dpi=80)
     plt.close(figure)
+
+
+def frame_steps(steps):
+    """The numbers of steps after which the movie shows the generator, the last among them."""
+    every = max(1, steps // FRAMES)
+    return [*range(every, steps, every), steps]
 
 
 def draw_frame(folder, step, generator, data, seed):
