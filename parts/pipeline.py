@@ -236,10 +236,11 @@ def memory_around(folder, bf16, size, state):
 
 
 def merge_lora(weights, generator):
-    """(weights of a plain transformer with the generator's adapter added, tensors of the LoRA file).
+    """(weights of a plain transformer with the generator's adapter added, tensors and header of the LoRA file).
 
     weights: those of the transformer with its LoRALinear layers. In the LoRA file c_in is an exact
-    convolutional LoRA of the patch embedding: the identity on a patch, times (c_in - 1) of the weight."""
+    convolutional LoRA of the patch embedding: the identity on a patch, times (c_in - 1) of the weight. The
+    header gives each layer alpha = rank: left to guess, diffusers 0.36 scales the patch embedding's."""
     lora = {}
     for path in generator.net.paths:
         down, up = weights[f"{path}.down.generator.weight"], weights[f"{path}.up.generator.weight"]
@@ -257,7 +258,11 @@ def merge_lora(weights, generator):
     up = ((generator.c_in - 1) * patch).reshape(len(patch), inputs, 1, 1)  # [D, 16, 2, 2] -> [D, 64, 1, 1]
     lora["transformer.pos_embed.proj.lora_A.weight"] = down
     lora["transformer.pos_embed.proj.lora_B.weight"] = up
-    return weights, lora
+    rank = len(lora[f"transformer.{generator.net.paths[0]}.lora_A.weight"])
+    config = {"r": rank, "lora_alpha": rank, "target_modules": [*generator.net.paths, "pos_embed.proj"]}
+    config |= {"rank_pattern": {"pos_embed.proj": inputs}, "alpha_pattern": {"pos_embed.proj": inputs}}
+    adapter = json.dumps({f"transformer.{name}": value for name, value in config.items()})
+    return weights, lora, {"t_star": str(generator.t_star), "lora_adapter_metadata": adapter}
 
 
 def export(folder, generator, lora_rank, dtype, out):
@@ -275,8 +280,8 @@ def export(folder, generator, lora_rank, dtype, out):
     if fgm.process_rank():
         return
     if lora_rank:
-        weights, lora = merge_lora(weights, generator)
-        save_tensors(lora, out / "lora.safetensors", {"t_star": str(generator.t_star)})
+        weights, lora, header = merge_lora(weights, generator)
+        save_tensors(lora, out / "lora.safetensors", header)
     weights["pos_embed.proj.weight"] = generator.c_in * weights["pos_embed.proj.weight"].float()
 
     transformer = describe_transformer(folder / "transformer")
