@@ -236,7 +236,7 @@ def memory_around(folder, bf16, size, state):
 
 
 def merge_lora(weights, generator):
-    """(weights of a plain transformer with the generator's adapter added, tensors and header of the LoRA file).
+    """(weights of a plain transformer with the generator's adapter added, LoRA file's tensors and header).
 
     weights: those of the transformer with its LoRALinear layers. In the LoRA file c_in is an exact
     convolutional LoRA of the patch embedding: the identity on a patch, times (c_in - 1) of the weight. The

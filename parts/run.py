@@ -528,7 +528,12 @@ class FolderRun(fgm.Run):
         self.open_log(start, settings["batch"], device)
         title, batch = "distillation" if phase == "distill" else phase, settings["batch"]
         with bar(title, steps * batch, start * batch) as self.bar:
-            yield from self.each_step(phase, range(start, steps), learners, settings, began)
+            try:
+                yield from self.each_step(phase, range(start, steps), learners, settings, began)
+            except Diverged:
+                self.write_log(self.step + 1)
+                self.draw_progress()
+                raise
         self.seconds = time.perf_counter() - began if start < steps else before
 
     def each_step(self, phase, numbers, learners, settings, began):
@@ -544,12 +549,10 @@ class FolderRun(fgm.Run):
             if drawing:
                 self.draw(learners["generator"], done)
             if self.logging:
+                self.check()
                 self.write_log(done)
-            if drawing and process_rank() == 0 and (done == steps or time.perf_counter() > self.draw_after):
-                drawn = time.perf_counter()
-                with atomically(self.out / "progress.png") as temporary:
-                    progress.draw(self.out / "log.jsonl", temporary)
-                self.draw_after = drawn + 100 * (time.perf_counter() - drawn)  # 1 % of the time at most
+            if drawing and (done == steps or time.perf_counter() > self.draw_after):
+                self.draw_progress()
             if done % self.save_every == 0 or done == steps:
                 self.check()
                 seconds = time.perf_counter() - began
@@ -564,6 +567,14 @@ class FolderRun(fgm.Run):
             if hasattr(part, "reshard"):
                 part.reshard()  # FSDP2 keeps the outermost weights gathered after passes without gradients
         learner.swap()
+
+    def draw_progress(self):
+        """progress.png, from the log; the next one when this took at most 1 % of the time until then."""
+        if process_rank() == 0 and self.phase == "distill":
+            began = time.perf_counter()
+            with atomically(self.out / "progress.png") as temporary:
+                progress.draw(self.out / "log.jsonl", temporary)
+            self.draw_after = began + 100 * (time.perf_counter() - began)
 
     def open_log(self, start, batch, device):
         self.batch, self.logged, self.since, self.extras = batch, start, time.perf_counter(), {}
@@ -614,7 +625,6 @@ class FolderRun(fgm.Run):
 
     def write_log(self, step):
         """One line of log.jsonl: means over the steps since the line before, over all processes."""
-        self.check()
         sums, bins = self.sums / (step - self.logged) / world_size(), self.bins.clone()
         if world_size() > 1:
             dist.all_reduce(sums)

@@ -48,10 +48,10 @@ def limits_of_memory():
 
 def refusal(load, path):
     """The one line with which a file is refused."""
-    began = time.perf_counter()
+    began = time.process_time()
     with limits_of_memory(), pytest.raises(fgm.InputError) as refused:
         load(path)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 10  # a file of quadratic cost takes minutes
     message = str(refused.value)
     assert message.isprintable() and len(message) < 700 and "MemoryError" not in message
     return message

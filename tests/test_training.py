@@ -323,6 +323,8 @@ def test_divergence_names_step_and_term_and_keeps_the_checkpoint(tmp_path):
         fgm.distill(failing_from_13(teacher), generator, flow, (2,), steps=20, batch=8, run=around)
     names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
     assert names == ["distill-000000005", "distill-000000010"]
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 15 and last["l1"] is None and (tmp_path / "progress.png").stat().st_size > 10_000
 
     teacher, generator, flow = networks()
     calls = iter(range(1000))
