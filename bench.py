@@ -1,8 +1,7 @@
 """What a distillation step costs against its bare network passes; memory, sampling, scaling, logging.
 
     python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the peak rate
-    python bench.py --only step sampling --json bench.json
-    python bench.py --compile           # adds rows with torch.compile
+    python bench.py --compile --only step sampling --json bench.json     # with rows for torch.compile
 
 Every row is a ratio of two things measured in the same run, in turns: median and range of the repeats.
 """
@@ -300,7 +299,6 @@ def images_per_s(processes, device):
 def running_rows(device, args):
     """Extra time of steps that log, save or draw, over cifar.py's default intervals, as a share of all."""
     subject, share, never = digits(device), {"logging": [], "checkpoints": [], "pictures": []}, 10**9
-
     settings = {"log_every": 3}, {"save_every": 3}, {"picture_every": 3}
     for _ in range(args.repeats):
         for what, special in zip(share, settings, strict=True):
@@ -337,10 +335,12 @@ def main():
     device, rows = setup(args.device), {}
     if args.json:
         open_folder(Path(args.json).parent)  # raises now, not when all is measured
+        if Path(args.json).is_dir():
+            raise fgm.InputError(f"--json {args.json} is a folder: name a file in it")
     keep_memory()
     quiet()
-    threads = f"CPU, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else threads
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads"
     print(f"{name}, torch {torch.__version__}, {args.repeats} repeats")
     print(f"{'':72}{'median':>9}{'range':>18}{'seconds':>22}")
     for part in args.only:
