@@ -110,10 +110,10 @@ def energy_distance(x, y, directions=32):
 
 # Swept on the five data sets, for a minute on a laptop.
 DEFAULTS = dict(
-    teacher_steps=3000, teacher_lr=4e-3, teacher_t=(0.0, 1.2), steps=3600, batch=768, lr=1e-3, flow_lr=4e-3,
+    teacher_steps=3000, teacher_lr=4e-3, teacher_t=(0.0, 1.2), steps=5000, batch=768, lr=1e-3, flow_lr=4e-3,
     lr_warmup=100, lr_decay=2 / 3, clip=1.0, ema=0.99, t_star=0.5, c_in=1.0, c_skip=1.0, l1_weight=1.0,
     weight="noise", t_generator=(0.5, 2.0), t_flow=(0.5, 2.0), loss_scale=1.0, flow_updates=1, one_pass=True,
-    samples=50_000, save_every=1000, log_every=100, picture_every=400,
+    samples=50_000, save_every=1000, log_every=100, picture_every=500,
 )
 FLAGS = {
     "data": Setting(str, [*DATA, "all"], "what the teacher learns; all: each in turn, in OUT/DATA"),
@@ -174,7 +174,7 @@ def distil(args, name, device, run):
     net.load_state_dict(teacher.state_dict())
     flow.load_state_dict(teacher.state_dict())
     run.fingerprint |= {"teacher_weights": fingerprint_of(teacher)}
-    few = min(args.samples, 5000)
+    few = min(args.samples, 20_000)
     test, z = toy_data(name, few, args.seed + 1), fgm.Draws(few, device, args.seed, fgm.SCORES).normal((2,))
     scored = scores(teacher, lambda sampler: energy_distance(sampler(z), test))
 
