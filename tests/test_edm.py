@@ -51,7 +51,7 @@ def refusal(load, path):
     began = time.process_time()
     with limits_of_memory(), pytest.raises(fgm.InputError) as refused:
         load(path)
-    assert time.process_time() - began < 10  # a file of quadratic cost takes minutes
+    assert time.process_time() - began < 2  # of the CPU: other work on the machine does not count
     message = str(refused.value)
     assert message.isprintable() and len(message) < 700 and "MemoryError" not in message
     return message
