@@ -38,10 +38,11 @@ from parts.flags import Setting
 # is SiD's start (arXiv 2404.04057), the best of four on digits.
 PAPER = dict(
     model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attention=[16], dropout=0.13, flip=True,
-    teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999, kimg=20_000, batch=512, lr=2e-5, flow_lr=2e-5,
-    lr_warmup=100, lr_decay=0.0, clip=None, ema=0.999, t_star=0.714, c_in=0.714, c_skip=0.714,
-    l1_weight=0.0, weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0, flow_updates=1,
-    one_pass=True, data="cifar10", samples=50_000, save_every=500, log_every=50, picture_every=500,
+    teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999, teacher_t=(0.0, 2.0), kimg=20_000, batch=512,
+    lr=2e-5, flow_lr=2e-5, lr_warmup=100, lr_decay=0.0, clip=None, ema=0.999, t_star=0.714, c_in=0.714,
+    c_skip=0.714, l1_weight=0.0, weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0,
+    flow_updates=1, one_pass=True, data="cifar10", samples=50_000, save_every=500, log_every=50,
+    picture_every=500,
 )
 # Measured on scikit-learn's digits, on a laptop's budget.
 DIGITS = PAPER | dict(
@@ -71,6 +72,7 @@ TEACHER_FLAGS = {
     "teacher_kimg": Setting(float, fgm.POSITIVE, "thousand images to train the teacher on"),
     "teacher_lr": Setting(float, fgm.POSITIVE, "learning rate of the teacher"),
     "teacher_ema": Setting(float, fgm.RANGES["ema_decay"], "of the teacher's moving average", None, "DECAY"),
+    "teacher_t": Setting(float, fgm.LOGIT_NORMAL, "logit-normal of t, teacher's loss", 2, ("MEAN", "STD")),
 }
 KIMG_FLAG = {"kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with")}
 SCORE_FLAGS = {
@@ -240,7 +242,8 @@ def main():
     if not args.teacher:
         teacher, teacher_seconds = fgm.train_flow(
             teacher.train(), data, steps=math.ceil(args.teacher_kimg * 1000 / args.batch), lr=args.teacher_lr,
-            ema_decay=args.teacher_ema, run=folder_run, **flags.training_settings(args))
+            ema_decay=args.teacher_ema, run=folder_run,
+            **flags.training_settings(args) | {"t_flow": tuple(args.teacher_t)})
     run.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(description)})
 
     # Distillation, Algorithm 1: all three networks start as the teacher.
@@ -284,9 +287,8 @@ def score(args, real, judge, samplers, label_dim, device, out):
     rows, drawn = {}, {}
     for name, sampler in samplers.items():
         began = time.perf_counter()
-        shape = tuple(real.pixels.shape[1:])
-        pixels, labels = images.draw_images(
-            sampler, args.samples, shape, label_dim, device, args.seed, what=f"scoring: {title(name)}")
+        pixels, labels = images.draw_images(sampler, args.samples, tuple(real.pixels.shape[1:]), label_dim,
+                                            device, args.seed, what=f"scoring: {title(name)}")
         seconds = time.perf_counter() - began
         if fgm.process_rank() > 0:
             continue
@@ -334,8 +336,7 @@ def print_results(args, real, judge, floor, rows, seconds, out):
     print(f"  {'':18}{metric_name(args):>24}{titles}{'seconds':>9}")
 
     accuracy = f"{judge.own_accuracy:10.2%}" if judge and judge.own_accuracy is not None else ""
-    note = "   (pixel Frechet distance)" if args.fid else ""
-    print(f"  {'data, two halves':18}{floor:24.4f}{accuracy}{note}")
+    print(f"  {'data, two halves':18}{floor:24.4f}{accuracy}" + "   (pixel Frechet distance)" * args.fid)
 
     for name, row in rows.items():
         distance = row["fid" if args.fid else "pixel_frechet"]

@@ -61,7 +61,7 @@ DISTILLATION_FLAGS = {
                          "1: exact gradient (4.10); 0: as the paper does on images; -0.4: SiD's alpha 1.2"),
     "weight": Setting(str, list(fgm.WEIGHTS), "per sample, of the FGM loss; sid: arXiv 2404.04057, eq. 24"),
     "t_generator": Setting(float, RANGES["t_generator"], "logit-normal of t, FGM loss", 2, ("MEAN", "STD")),
-    "t_flow": Setting(float, RANGES["t_flow"], "logit-normal of t in the losses of flow, teacher, GAN",
+    "t_flow": Setting(float, RANGES["t_flow"], "logit-normal of t in the losses of flow and GAN",
                       2, ("MEAN", "STD")),
     "loss_scale": Setting(float, RANGES["loss_scale"], "factor of the generator's loss"),
     "flow_updates": Setting(int, RANGES["flow_updates"], "updates of the online flow per generator update"),
