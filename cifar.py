@@ -33,9 +33,8 @@ from parts.flags import Setting
 # ------------------------------------------------------------------------------------------------------------
 
 # The paper's settings (section 5.1, appendix B.1) and EDM's network, for CIFAR-10 and other images of that
-# size; ours are the warm-up, the teacher's beta1 of 0.9 and the start. Section 5.1 starts from (5.1), without
-# a value of t* and with a sign that fgm.OneStepGenerator explains. t_star = c_in = c_skip = c_out = 2.5 / 3.5
-# is SiD's start (arXiv 2404.04057), the best of four on digits.
+# size; ours are the warm-up, the teacher's beta1 of 0.9 and the start, for whose t* section 5.1 has no value:
+# t_star = c_in = c_skip = c_out = 2.5 / 3.5 is SiD's (arXiv 2404.04057), the best of four on digits.
 PAPER = dict(
     model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attention=[16], dropout=0.13, flip=True,
     teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999, teacher_t=(0.0, 2.0), kimg=20_000, batch=512,
