@@ -31,7 +31,7 @@ from parts.images import draw_images, load_images, pixel_frechet
 SMALL = [
     "--data", "digits", "--model-channels", "8", "--num-blocks", "1", "--batch", "16", "--kimg", "0.32",
     "--teacher-kimg", "0.32", "--save-every", "5", "--log-every", "10", "--picture-every", "20",
-    "--samples", "60", "--device", "cpu",
+    "--samples", "60", "--device", "cpu", "--teacher-t", "3", "0.1",
 ]
 
 
@@ -363,6 +363,10 @@ def test_command_writes_what_it_promises(finished):
     curves, teacher = progress.read(out / "log.jsonl")  # on as few samples, the same distance
     assert curves["score"] == ([20], [pytest.approx(metrics["one_step"])])
     assert teacher == pytest.approx(metrics["teacher"])
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    drawn = {line["phase"]: [loss is not None for loss in line["flow_loss_by_t"]] for line in lines
+             if "flow_loss_by_t" in line}
+    assert drawn == {"teacher": [False] * 9 + [True], "distill": [True] * 10}  # --teacher-t: its own t
     names = ("one-step.png", "teacher-50-steps.png", "distill-0000020.png", "samples.png", "progress.png")
     for name in names:
         assert (out / name).stat().st_size > 100
