@@ -69,9 +69,8 @@ TEACHER_FLAGS = {
     "attention": Setting(int, fgm.COUNT, "resolutions with attention", "*"),
     "dropout": Setting(float, "[0, 1)", "when the teacher trains"),
     "teacher_kimg": Setting(float, fgm.POSITIVE, "thousand images to train the teacher on"),
-    "teacher_lr": Setting(float, fgm.POSITIVE, "learning rate of the teacher"),
+    **flags.TEACHER_FLAGS,
     "teacher_ema": Setting(float, fgm.RANGES["ema_decay"], "of the teacher's moving average", None, "DECAY"),
-    "teacher_t": Setting(float, fgm.LOGIT_NORMAL, "logit-normal of t, teacher's loss", 2, ("MEAN", "STD")),
 }
 KIMG_FLAG = {"kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with")}
 SCORE_FLAGS = {
@@ -240,9 +239,8 @@ def main():
     teacher_seconds = 0.0
     if not args.teacher:
         teacher, teacher_seconds = fgm.train_flow(
-            teacher.train(), data, steps=math.ceil(args.teacher_kimg * 1000 / args.batch), lr=args.teacher_lr,
-            ema_decay=args.teacher_ema, run=folder_run,
-            **flags.training_settings(args) | {"t_flow": tuple(args.teacher_t)})
+            teacher.train(), data, steps=math.ceil(args.teacher_kimg * 1000 / args.batch),
+            ema_decay=args.teacher_ema, run=folder_run, **flags.teacher_settings(args))
     run.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(description)})
 
     # Distillation, Algorithm 1: all three networks start as the teacher.
@@ -286,8 +284,9 @@ def score(args, real, judge, samplers, label_dim, device, out):
     rows, drawn = {}, {}
     for name, sampler in samplers.items():
         began = time.perf_counter()
-        pixels, labels = images.draw_images(sampler, args.samples, tuple(real.pixels.shape[1:]), label_dim,
-                                            device, args.seed, what=f"scoring: {title(name)}")
+        shape = tuple(real.pixels.shape[1:])
+        pixels, labels = images.draw_images(
+            sampler, args.samples, shape, label_dim, device, args.seed, what=f"scoring: {title(name)}")
         seconds = time.perf_counter() - began
         if fgm.process_rank() > 0:
             continue
@@ -335,7 +334,8 @@ def print_results(args, real, judge, floor, rows, seconds, out):
     print(f"  {'':18}{metric_name(args):>24}{titles}{'seconds':>9}")
 
     accuracy = f"{judge.own_accuracy:10.2%}" if judge and judge.own_accuracy is not None else ""
-    print(f"  {'data, two halves':18}{floor:24.4f}{accuracy}" + "   (pixel Frechet distance)" * args.fid)
+    note = "   (pixel Frechet distance)" if args.fid else ""
+    print(f"  {'data, two halves':18}{floor:24.4f}{accuracy}{note}")
 
     for name, row in rows.items():
         distance = row["fid" if args.fid else "pixel_frechet"]

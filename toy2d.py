@@ -119,8 +119,7 @@ FLAGS = {
     "data": Setting(str, [*DATA, "all"], "what the teacher learns; all: each in turn, in OUT/DATA"),
     "out": Setting(str, None, "output folder (default: runs/DATA)"),
     "teacher_steps": Setting(int, fgm.COUNT, "training steps of the teacher"),
-    "teacher_lr": Setting(float, fgm.POSITIVE, "learning rate of the teacher"),
-    "teacher_t": Setting(float, fgm.LOGIT_NORMAL, "logit-normal of t, teacher's loss", 2, ("MEAN", "STD")),
+    **flags.TEACHER_FLAGS,
     "steps": Setting(int, fgm.COUNT, "distillation steps"),
     "samples": Setting(int, "[2, 1e6]", "samples that each distance is measured on"),
     "movie": Setting(bool, None, "write movie.gif, the generator's samples over training"),
@@ -169,7 +168,7 @@ def distil(args, name, device, run):
         shard(network)
     teacher, teacher_seconds = fgm.train_flow(
         teacher, lambda seeds: (data[(seeds % len(data)).to(device)], {}), steps=args.teacher_steps,
-        lr=args.teacher_lr, run=run, **flags.training_settings(args) | {"t_flow": tuple(args.teacher_t)},
+        run=run, **flags.teacher_settings(args),
     )
     net.load_state_dict(teacher.state_dict())
     flow.load_state_dict(teacher.state_dict())

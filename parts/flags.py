@@ -68,6 +68,10 @@ DISTILLATION_FLAGS = {
     "one_pass": Setting(argparse.BooleanOptionalAction, None,
                         "both networks learn from the same samples, at fewer passes a step"),
 }
+TEACHER_FLAGS = {
+    "teacher_lr": Setting(float, fgm.POSITIVE, "learning rate of the teacher"),
+    "teacher_t": Setting(float, fgm.LOGIT_NORMAL, "logit-normal of t, teacher's loss", 2, ("MEAN", "STD")),
+}
 
 
 def flag(name):
@@ -139,13 +143,18 @@ class Parser(argparse.ArgumentParser):
 def training_settings(args):
     """What the flags mean to fgm.train_flow and fgm.distill alike."""
     return dict(batch=args.batch, micro_batch=args.micro_batch, lr_warmup=args.lr_warmup,
-                lr_decay=args.lr_decay, clip=args.clip, t_flow=tuple(args.t_flow), seed=args.seed,
-                precision=args.precision, compile=args.compile)
+                lr_decay=args.lr_decay, clip=args.clip, seed=args.seed, precision=args.precision,
+                compile=args.compile)
+
+
+def teacher_settings(args):
+    """What the flags mean to fgm.train_flow."""
+    return training_settings(args) | dict(lr=args.teacher_lr, t_flow=tuple(args.teacher_t))
 
 
 def distillation_settings(args, steps):
     """What the flags mean to fgm.distill."""
     return training_settings(args) | dict(
         steps=steps, lr=args.lr, flow_lr=args.flow_lr, ema_decay=args.ema, l1_weight=args.l1_weight,
-        t_generator=tuple(args.t_generator), weight=fgm.WEIGHTS[args.weight], loss_scale=args.loss_scale,
-        flow_updates=args.flow_updates, one_pass=args.one_pass)
+        t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), weight=fgm.WEIGHTS[args.weight],
+        loss_scale=args.loss_scale, flow_updates=args.flow_updates, one_pass=args.one_pass)
