@@ -19,8 +19,9 @@ The map, from the paper to this file:
     Algorithm 1                 distill             the teacher's training          train_flow
     marginal velocity (3.2)     GaussianMixture         (4.7) and Theorem 4.2       tests/test_theorems.py
 
-Unlike the printed Algorithm 1, t is logit-normal, as in the paper's experiments, not uniform; and distill
-minimises L2 + l1_weight * L1 with l1_weight 0 by default, the paper's practice on images; 1 is (4.10).
+Unlike the printed Algorithm 1: t is logit-normal, as in the paper's experiments; draws are stratified or
+quasi-random; distill makes both updates of a step from the same samples (one_pass=False: in turn, as printed)
+and minimises L2 + l1_weight * L1 with l1_weight 0 by default, the paper's practice on images; 1 is (4.10).
 
 Conventions. t is float32 of shape [B] in [0, 1]; t = 0 is data, t = 1 is noise. A velocity is noise - x0, an
 Euler step from t to s is x + (s - t) v. A velocity network is any callable net(x, t, **cond) -> v with
@@ -103,10 +104,10 @@ def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
     checkpointing, call backward inside frozen(teacher, flow) as well. weight(t, u, target) -> [B], if given,
     scales both, as a constant. Returns (l1 [B], l2 [B])."""
     with frozen(teacher, flow):
-        return one_pass_losses(teacher, flow, x0, noise, t, weight=weight, **cond)[1:]
+        return all_losses(teacher, flow, x0, noise, t, weight=weight, **cond)[1:]
 
 
-def one_pass_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
+def all_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
     """reflow_loss and fgm_losses of the same x_t, by one pass of flow: (flow_loss, l1, l2), [B] each.
 
     The first is for a backward pass into flow, the others for one into x0."""
@@ -274,7 +275,6 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
     settings = dict(steps=steps, batch=batch, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay, clip=clip,
                     t_flow=t_flow, ema_decay=ema_decay, seed=seed, precision=precision)
     check_settings(**settings)
-    decay_steps = round(lr_decay * steps)
     settings |= dict(betas=betas, eps=eps)
     slices = micro_batches(batch, micro_batch)
     device = next(net.parameters()).device
@@ -293,7 +293,7 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
                 loss = reflow_loss(net, x0, noise[rows], t[rows], **cond)
             (loss.mean() / len(slices)).backward()
             losses.append(loss.detach())
-        gradient = learner.update(schedule(step, steps, lr_warmup, decay_steps))
+        gradient = learner.update(schedule(step, steps, lr_warmup, lr_decay))
         run.log_by_t(t, torch.cat(losses))
         run.log(flow_loss=torch.cat(losses), flow_gradient=gradient)
     learner.swap()
@@ -311,19 +311,21 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     into evaluation mode. shape: that of one sample. conditions(seeds) -> cond: the conditions that int64
     seeds [B] choose. The generator minimises loss_scale * (L2 + l1_weight * L1): l1_weight 1 is the exact
     gradient of (4.1), 0 the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
-    weight(t, u, target) -> [B] scales L1 and L2. t ~ logit-normal(*t_generator) in the FGM loss, (*t_flow)
-    in the flow's. flow_lr None: lr. one_pass: the flow's last update and the generator's share
-    their samples and, where t_flow is t_generator, x_t: 9 units of passes instead of 11. extra: an nn.Module
-    with flow_loss(flow, x0, seeds, cond) and generator_loss(flow, x0, seeds, cond), [B] each, added to the
-    two losses (loss_scale scales the latter, too), which trains with the flow (the GAN of appendix B.2).
-    Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
+    weight(t, u, target) -> [B] scales L1 and L2 as a constant; a weight of t alone keeps the gradient exact,
+    for (4.1) so weighted. t ~ logit-normal(*t_generator) in the FGM loss, (*t_flow) in the flow's. flow_lr
+    None: lr. flow_updates: of the flow, per step. one_pass: the last of them and the generator's use the same
+    samples, of which v has not learned yet, and the same x_t and v where t_flow equals t_generator. In
+    forward passes (backward: 1 to an input, 2 to weights, too) a step costs 9, else 10, and 11 without
+    one_pass. extra: an nn.Module with flow_loss(flow, x0, seeds, cond) and generator_loss(flow, x0, seeds,
+    cond), [B] each, added to the two losses (loss_scale scales the latter, too), which trains with the flow
+    (the GAN of appendix B.2). Returns (generator, with the moving average as its weights, seconds spent);
+    train_flow says the rest."""
     flow_lr, t_flow, t_generator = lr if flow_lr is None else flow_lr, tuple(t_flow), tuple(t_generator)
     settings = dict(steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
                     clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
                     loss_scale=loss_scale, flow_updates=flow_updates, ema_decay=ema_decay, seed=seed,
                     precision=precision, **generator.coefficients())
     check_settings(**settings)
-    decay_steps = round(lr_decay * steps)
     settings |= dict(betas=betas, eps=eps, weight=weight, one_pass=one_pass)
     slices = micro_batches(batch, micro_batch)
     device = next(generator.parameters()).device
@@ -340,61 +342,64 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                 net.compile()
                 torch._functorch.config.donated_buffer = False  # a graph is differentiated more than once
 
-    def learn_flow(x0, noise, t, seeds, cond, shared_loss=None):
-        """The backward pass of the online flow's loss (3.6) [B] and, if there is one, extra's."""
+    def in_slices(*drawn):
+        return ([values[rows] for values in drawn] for rows in slices)
+
+    def learn_flow(x0, noise, t, seeds, cond, flow_loss=None):
+        """Backward into the flow: (3.6), from a pass of its own or from one shared with the generator."""
         with bf16:
-            loss = reflow_loss(flow, x0, noise, t, **cond) if shared_loss is None else shared_loss
+            loss = reflow_loss(flow, x0, noise, t, **cond) if flow_loss is None else flow_loss
             losses["flow_loss"].append(loss.detach())
             run.log_by_t(t, loss.detach())
             if extra is not None:
                 extra_loss = extra.flow_loss(flow, x0, seeds, cond)
                 losses["extra_flow_loss"].append(extra_loss.detach())
                 loss = loss + extra_loss
-        (loss.mean() / len(slices)).backward(retain_graph=shared_loss is not None)
+        (loss.mean() / len(slices)).backward(retain_graph=flow_loss is not None)
+
+    def learn_generator(x0, noise, t, seeds, cond):
+        """Backward into the generator, by way of x0: L2 (4.12) + l1_weight * L1 (4.11)."""
+        leaf = x0.detach().requires_grad_()  # the graphs of teacher and flow end here
+        with frozen(teacher, *(() if shared else followers.values())):
+            with bf16:
+                flow_loss, l1, l2 = all_losses(teacher, flow, leaf, noise, t, weight=weight, **cond)
+            if shared:
+                learn_flow(x0.detach(), noise, t, seeds, cond, flow_loss)
+            terms, loss = {"l1": l1, "l2": l2}, l2 + l1_weight * l1
+            if extra is not None:
+                with bf16:
+                    terms["extra"] = extra.generator_loss(flow, leaf, seeds, cond)
+                loss = loss + terms["extra"]
+            run.look_at(leaf, **terms)
+            (at_x0,) = torch.autograd.grad(loss_scale * loss.mean() / len(slices), leaf)
+        for name, term in terms.items():
+            losses[name].append(term.detach())
+        x0.backward(at_x0)
 
     for step in run.steps("distill", steps, learners, settings):
-        lr_factor = schedule(step, steps, lr_warmup, decay_steps)
+        lr_factor = schedule(step, steps, lr_warmup, lr_decay)
         losses, gradients = defaultdict(list), {}
 
-        # The online flow alone: ReFlow (3.6) on fresh samples of the generator.
-        for k in range(flow_updates - one_pass):
+        # "Freeze theta, update psi": the flow, by (3.6), on fresh samples. one_pass: the last time is below.
+        for k in range(flow_updates - 1 if one_pass else flow_updates):
             draws = Draws(batch, device, seed, ONLINE_FLOW, step, k)
-            z, noise, t, seeds = draws.for_update(shape, *t_flow)
-            for rows in slices:
-                cond = conditions(seeds[rows])
+            for z, noise, t, seeds in in_slices(*draws.for_update(shape, *t_flow)):
+                cond = conditions(seeds)
                 with bf16, torch.no_grad():
-                    x0 = generator(z[rows], **cond)
-                learn_flow(x0, noise[rows], t[rows], seeds[rows], cond)
+                    x0 = generator(z, **cond)
+                learn_flow(x0, noise, t, seeds, cond)
             gradients = {f"{name}_gradient": learners[name].update(lr_factor) for name in followers}
 
-        # The generator: L2 + l1_weight * L1, (4.12) and (4.11). With one_pass, also the flow: (3.6).
+        # "Freeze psi, update theta": the generator, by (4.10). one_pass: the flow, too, on the same samples.
         draws = Draws(batch, device, seed, GENERATOR, step)
-        z, noise, t, seeds = draws.for_update(shape, *t_generator)
-        t_of_flow = draws.sample_t(*t_flow) if one_pass and not shared else t
-        for rows in slices:
-            cond = conditions(seeds[rows])
+        drawn = draws.for_update(shape, *t_generator)
+        for z, noise, t, seeds, t_of_flow in in_slices(*drawn, draws.sample_t(*t_flow)):
+            cond = conditions(seeds)
             with bf16:
-                x0 = generator(z[rows], **cond)
-                leaf = x0.detach().requires_grad_()  # the losses' graphs end here
+                x0 = generator(z, **cond)
             if one_pass and not shared:
-                learn_flow(x0.detach(), noise[rows], t_of_flow[rows], seeds[rows], cond)
-            with frozen(teacher, *([] if shared else followers.values())):
-                with bf16:
-                    flow_loss, l1, l2 = one_pass_losses(
-                        teacher, flow, leaf, noise[rows], t[rows], weight=weight, **cond)
-                if shared:
-                    learn_flow(x0.detach(), noise[rows], t[rows], seeds[rows], cond, flow_loss)
-                losses["l1"].append(l1.detach())
-                losses["l2"].append(l2.detach())
-                loss, seen = l2 + l1_weight * l1 if l1_weight else l2, {"l1": l1, "l2": l2}
-                if extra is not None:
-                    with bf16:
-                        seen["extra"] = extra.generator_loss(flow, leaf, seeds[rows], cond)
-                    losses["extra_generator_loss"].append(seen["extra"].detach())
-                    loss = loss + seen["extra"]
-                run.look_at(leaf, **seen)
-                (at_x0,) = torch.autograd.grad(loss_scale * loss.mean() / len(slices), leaf)
-            x0.backward(at_x0)
+                learn_flow(x0.detach(), noise, t_of_flow, seeds, cond)
+            learn_generator(x0, noise, t, seeds, cond)
         for name in learners if one_pass else ["generator"]:
             gradients[f"{name}_gradient"] = learners[name].update(lr_factor)
         run.log(**{name: torch.cat(values) for name, values in losses.items()}, **gradients)
@@ -524,8 +529,8 @@ class Draws:
 
 
 def schedule(step, steps, warmup, decay):
-    """Learning-rate factor: up over the first warmup steps, constant, down to 0 over the last decay steps."""
-    return min(1.0, (step + 1) / max(warmup, 1), (steps - step) / max(decay, 1))
+    """Learning-rate factor: up over the first warmup steps, constant, down to 0 over the last share decay."""
+    return min(1.0, (step + 1) / max(warmup, 1), (steps - step) / max(round(decay * steps), 1))
 
 
 class Learner:

@@ -111,7 +111,7 @@ def train_vae(steps, batch=64, lr=3e-3):
     for begin in batches(steps * batch, batch, "VAE"):
         step = begin // batch
         for group in adam.param_groups:
-            group["lr"] = lr * fgm.schedule(step, steps, 20, steps // 2)
+            group["lr"] = lr * fgm.schedule(step, steps, 20, 0.5)
         x = images[torch.randint(len(images), (batch,))]
         posterior = vae.encode(x).latent_dist
         error = (vae.decode(posterior.sample()).sample - x).square().mean()
@@ -151,7 +151,7 @@ def train_transformer(pipe, kimg, batch, lr, seed):
     with bar("transformer", steps * batch) as shown:
         _, seconds = fgm.train_flow(
             SD3Velocity(pipe.transformer.train()), data, steps=steps, batch=batch, lr=lr, betas=(0.9, 0.99),
-            lr_warmup=50, lr_decay=2 * steps // 3 / steps, t_flow=(0.0, 1.0), ema_decay=0.99, seed=seed)
+            lr_warmup=50, lr_decay=2 / 3, t_flow=(0.0, 1.0), ema_decay=0.99, seed=seed)
     pipe.transformer.eval()
     return seconds
 

@@ -51,7 +51,7 @@ def draw(log, path):
     curves, teacher = read(log)
     panels = {
         "loss of the online flow": ["flow_loss", "extra_flow_loss"],
-        "losses of the generator (L2 wanders about 0, L1 falls)": ["l1", "l2", "extra_generator_loss"],
+        "losses of the generator (L2 wanders about 0, L1 falls)": ["l1", "l2", "extra"],
         "gradient norms": [name for name in curves if "gradient" in name],
         "score of the one-step generator (lower is better)": ["score"],
     }

@@ -183,10 +183,28 @@ def moved(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
+def scrambled(state):
+    """SplitMix64's output function (Steele, Lea and Flood, 2014) of int64 states, modulo 2^64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ unsigned_shift(state, shift)) * (factor - 2**64)
+    return state ^ unsigned_shift(state, 31)
+
+
+def unsigned_shift(x, bits):
+    """x >> bits with zeros from the left."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
 def noise_from(seeds, shape, device):
-    """Standard normal noise [B, *shape] for int64 seeds [B] >= 0; a row depends on its own seed alone."""
-    rows = [np.random.default_rng(int(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds]
-    return moved(torch.from_numpy(np.stack(rows)), device)  # B x [*shape] -> [B, *shape]
+    """Standard normal noise [B, *shape] for int64 seeds [B]; a row depends on its own seed alone.
+
+    Value j of a row is output j of a SplitMix64 generator that starts at the scrambled seed, as a quantile of
+    the normal distribution: all at once, on the device."""
+    seeds = moved(seeds, device)
+    counter = torch.arange(1, math.prod(shape) + 1, device=device)
+    bits = scrambled(scrambled(seeds)[:, None] + counter * (0x9E3779B97F4A7C15 - 2**64))  # [B] -> [B, values]
+    uniform = (unsigned_shift(bits, 12).double() + 0.5) / 2**52  # never 0 or 1
+    return torch.special.ndtri(uniform).float().view(-1, *shape)  # [B, values] -> [B, *shape]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -543,7 +561,9 @@ class FolderRun(fgm.Run):
             done = self.step + 1
             drawing = self.picture and "generator" in learners
             drawing = drawing and (done % (self.picture_every or steps) == 0 or done == steps)
+            saving = done % self.save_every == 0 or done == steps
             self.logging = drawing or done % self.log_every == 0 or done == steps
+            self.looking = drawing or saving
             yield self.step
             self.bar.update(self.batch)
             if drawing:
@@ -553,7 +573,7 @@ class FolderRun(fgm.Run):
                 self.write_log(done)
             if drawing and (done == steps or time.perf_counter() > self.draw_after):
                 self.draw_progress()
-            if done % self.save_every == 0 or done == steps:
+            if saving:
                 self.check()
                 seconds = time.perf_counter() - began
                 self.last_good = save_checkpoint(self.folder, phase, done, learners, settings, seconds)
@@ -618,8 +638,9 @@ class FolderRun(fgm.Run):
         self.bins.index_add_(1, bins, torch.stack([loss.detach().float(), torch.ones_like(t)]))
 
     def look_at(self, x0, **losses):
-        """Where a log line is due: the norm of each loss's gradient at x0, root mean square over samples."""
-        for name, loss in losses.items() if self.logging else ():
+        """Where a picture or a checkpoint is due, because it costs a backward pass per loss: the norm of each
+        loss's gradient at x0, root mean square over samples, for the next line of the log."""
+        for name, loss in losses.items() if self.looking else ():
             (gradient,) = torch.autograd.grad(loss.sum(), x0, retain_graph=True)
             self.extras[f"{name}_gradient_at_x0"] = gradient.norm() / len(x0) ** 0.5
 
@@ -642,5 +663,6 @@ class FolderRun(fgm.Run):
             except OSError as error:
                 kept = f"; the last checkpoint is {self.last_good}" if self.last_good else ""
                 raise InputError(f"cannot write {self.out / 'log.jsonl'} ({error.strerror}){kept}") from error
-        self.sums, self.scores, self.logged, self.since = 0, {}, step, time.perf_counter()
+        self.sums, self.scores, self.extras = 0, {}, {}
+        self.logged, self.since = step, time.perf_counter()
         self.bins.zero_()

@@ -296,7 +296,7 @@ def test_ratio_of_the_gans_gradient_to_that_of_l2_by_hand(tmp_path, side):
     torch.nn.init.constant_(gan.head.weight, 1e-3)  # norm 4e-3
     torch.nn.init.zeros_(gan.head.bias)
     folder_run = FolderRun(tmp_path)
-    folder_run.logging, folder_run.extras = True, {}
+    folder_run.looking, folder_run.extras = True, {}
     x0, noise = torch.randn(2, 2, 16, side, side)
     x0, flow, t = x0.requires_grad_(), Still(), torch.tensor([0.2, 0.9])
     _, l2 = fgm.fgm_losses(lambda x, t: 0 * x + 0.5, flow, x0, noise, t)

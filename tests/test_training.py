@@ -532,12 +532,27 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
 
 
 def test_noise_of_a_seed_is_its_own():
-    """Alone, in company, and for seeds that differ only above 32 bits."""
+    """Alone, in company, and for seeds that are neighbours or differ only above 32 bits."""
     seeds = torch.tensor([5, 6, 5 + 2**32, 2**62])
     noise = run.noise_from(seeds, (4, 500), "cpu")
     assert torch.equal(noise[1:2], run.noise_from(seeds[1:2], (4, 500), "cpu"))
     correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(4)
     assert correlation.abs().max() < 0.1 and abs(noise.std().item() - 1) < 0.05
+
+
+def test_noise_is_that_of_splitmix64():
+    """Its published outputs from the state 1234567; the quantiles' moments."""
+    states = 1234567 + torch.arange(1, 6) * (0x9E3779B97F4A7C15 - 2**64)
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431,
+                16408922859458223821]
+    assert [value % 2**64 for value in run.scrambled(states).tolist()] == expected
+    noise = run.noise_from(torch.arange(1000), (10, 100), "cpu")
+    assert noise.dtype == torch.float32 and noise.shape == (1000, 10, 100) and noise.isfinite().all()
+    noise = noise.double()
+    moments = [(noise**k).mean().item() for k in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.02)  # standard deviations: 1, 1.4, 4, 10 / 1000
+    between_rows = (noise[1:] * noise[:-1]).mean().item()
+    assert abs(between_rows) < 0.005
 
 
 def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):
