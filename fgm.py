@@ -4,10 +4,10 @@ A flow model transports noise to data along x_t = (1 - t) x0 + t noise with a ve
 by integrating it, in about 50 network evaluations. A one-step generator x0 = g(z) induces a path and a
 velocity field v_t of its own. FGM makes v_t equal to the teacher's u_t, so that g follows the teacher's data:
 
-    minimise  E || u_t(x_t) - v_t(x_t) ||^2  over g,   with  x_t = (1 - t) g(z) + t noise                (4.1)
+    minimise  E || u_t(x_t) - v_t(x_t) ||^2  over g,   with  x_t = (1 - t) g(z) + t noise         (4.1), (4.2)
 
 v_t is unknown and depends on g. The Flow Product Identity (4.7) removes its derivative; what remains are two
-losses whose gradients add up to that of (4.1), in which v is an online flow that is evaluated only:
+losses, (4.6) and (4.9), whose gradients add up to that of (4.1); with an online flow v in place of v_t:
 
     L1 = || u - v ||^2  (4.11)       L2 = 2 <u - v, v - (noise - x0)>  (4.12)       FGM = L1 + L2  (4.10)
 
@@ -15,9 +15,9 @@ The map, from the paper to this file:
 
     path x_t, section 3         interpolate         one-step generator, eq. (B.1)   OneStepGenerator
     ReFlow loss (3.6)           reflow_loss         sampling the teacher            sample_ode, Guided
-    FGM losses (4.11), (4.12)   fgm_losses          t of appendices B.1 and B.2     logit_normal
+    FGM losses (4.11), (4.12)   all_losses          t of appendices B.1 and B.2     logit_normal
     Algorithm 1                 distill             the teacher's training          train_flow
-    marginal velocity (3.2)     GaussianMixture         (4.7) and Theorem 4.2       tests/test_theorems.py
+    marginal velocity (3.2)     GaussianMixture     (4.7) and Theorem 4.2 (4.8)     tests/test_theorems.py
 
 Unlike the printed Algorithm 1: t is logit-normal, as in the paper's experiments; draws are stratified or
 quasi-random; distill makes both updates of a step from the same samples (one_pass=False: in turn, as printed)
@@ -96,21 +96,20 @@ def reflow_loss(net, x0, noise, t, **cond):
 
 
 def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
-    """The FGM losses (4.11), (4.12). Where flow is exact, their gradients add up to that of (4.1), see (4.3).
+    """The FGM losses (4.11), (4.12). Where flow is exact, their gradients add up to that of (4.1), by
+    (4.3), whose second Grad_1 is a misprint for Grad_2.
 
-    x0 = g(z) [B, ...] carries the generator's graph; noise [B, ...] and t [B] must be drawn independently of
-    z (Theorem 4.1 conditions on x0 alone). Gradients reach x0 through noise - x0 and through x_t, the input
-    of both networks; none reaches the parameters of a teacher or flow that is an nn.Module. With activation
-    checkpointing, call backward inside frozen(teacher, flow) as well. weight(t, u, target) -> [B], if given,
-    scales both, as a constant. Returns (l1 [B], l2 [B])."""
+    x0 = g(z) [B, ...] carries the generator's graph; noise [B, ...] and t [B] are drawn independently of z
+    (Theorem 4.1 conditions on x0 alone). Gradients reach x0 through noise - x0 and through x_t, the input of
+    both networks; none reaches the parameters of a teacher or flow that is an nn.Module. With activation
+    checkpointing, call backward inside frozen(teacher, flow) as well. weight(t, u, target) -> [B] scales
+    both, as a constant. Returns (l1 [B], l2 [B])."""
     with frozen(teacher, flow):
         return all_losses(teacher, flow, x0, noise, t, weight=weight, **cond)[1:]
 
 
 def all_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
-    """reflow_loss and fgm_losses of the same x_t, by one pass of flow: (flow_loss, l1, l2), [B] each.
-
-    The first is for a backward pass into flow, the others for one into x0."""
+    """(flow_loss (3.6) for a backward pass into flow; l1, l2 for one into x0), [B] each, of the same x_t."""
     xt = interpolate(x0, noise, t)
     u = velocity(teacher, xt, t, **cond)
     v = velocity(flow, xt, t, **cond)
@@ -159,7 +158,7 @@ def frozen(*nets):
 def logit_normal(n, mean, std, device=None, generator=None):
     """t = sigmoid(mean + std * normal), float32 [n] in [0, 1]; a larger mean is noisier (appendix B).
 
-    Stratified, in rising order: one value from each of n intervals of equal probability."""
+    Stratified over n intervals of equal probability, in rising order: pair with samples in random order."""
     uniform = (torch.arange(n, device=device) + torch.rand(n, device=device, generator=generator)) / n
     return torch.sigmoid(mean + std * normal_quantile(uniform))
 
@@ -175,7 +174,7 @@ def normal_quantile(uniform):
 
 
 def constant_t(value, x):
-    """The same time for every sample of x: [B], float32, or float64 beside float64 data."""
+    """The same t for every sample of x: [B], float32, or float64 beside float64 data."""
     return torch.full((len(x),), value, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -227,17 +226,16 @@ def sample_ode(net, noise, steps, solver="euler", **cond):
 class Guided(nn.Module):
     """Classifier-free guidance as a velocity network, v_null + scale (v_cond - v_null), in one batched call.
 
-    null: a dict whose entries replace those of cond in the second half of the batch; tensors [B, ...], or
-    [1, ...] for all samples alike. What null does not name is the same in both halves. Raises InputError for
-    a null entry that the call's cond lacks."""
+    null: the tensors that replace those of cond in the second half of the batch, [B, ...], or [1, ...] for
+    all samples alike; the rest is the same in both. Raises InputError if cond lacks one of them."""
 
     def __init__(self, net, scale, null):
         super().__init__()
         self.net, self.scale, self.null = net, scale, null
 
     def forward(self, x, t, **cond):
-        if not self.null.keys() <= cond.keys():
-            raise InputError(f"guidance replaces {sorted(self.null)}, the call has only {sorted(cond)}")
+        if not self.null.keys() <= {name for name, value in cond.items() if torch.is_tensor(value)}:
+            raise InputError(f"guidance replaces tensors {sorted(self.null)}, the call has {sorted(cond)}")
         if self.scale == 1:
             return self.net(x, t, **cond)
         both = {}
@@ -267,10 +265,11 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
                precision="auto", compile=False, run=None):
     """Train net as a flow model of data with the ReFlow loss (3.6).
 
-    data(seeds) -> (x0 [B, ...], cond): the samples and conditions that int64 seeds [B] choose, on the
-    network's device. batch is global. The learning rate rises over lr_warmup steps and falls to 0 over the
-    last share lr_decay of all; clip bounds the norm of a gradient. t ~ logit-normal(*t_flow). run: what
-    surrounds the loop. Returns (net, with the moving average as its weights, seconds spent). Raises
+    data(seeds) -> (x0 [B, ...], cond), on the network's device: the samples and conditions that int64 seeds
+    [B], on the CPU, choose. batch is global, micro_batch what a process takes at a time (None: its share).
+    The learning rate rises over lr_warmup steps and falls to 0 over the last share lr_decay of all; clip
+    bounds the norm of a gradient. t ~ logit-normal(*t_flow). run: what surrounds the loop. Every step seeds
+    torch's default generator. Returns (net, with the moving average as its weights, seconds spent). Raises
     InputError (a ValueError) for settings outside RANGES, Diverged for a non-finite loss or gradient."""
     settings = dict(steps=steps, batch=batch, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay, clip=clip,
                     t_flow=t_flow, ema_decay=ema_decay, seed=seed, precision=precision)
@@ -377,8 +376,7 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
         x0.backward(at_x0)
 
     for step in run.steps("distill", steps, learners, settings):
-        lr_factor = schedule(step, steps, lr_warmup, lr_decay)
-        losses, gradients = defaultdict(list), {}
+        losses, gradients, lr_factor = defaultdict(list), {}, schedule(step, steps, lr_warmup, lr_decay)
 
         # "Freeze theta, update psi": the flow, by (3.6), on fresh samples. one_pass: the last time is below.
         for k in range(flow_updates - 1 if one_pass else flow_updates):
@@ -646,12 +644,12 @@ class GaussianMixture:
         Nothing is divided by t. Raises InputError for t outside (0, 1]."""
         if t.shape != x.shape[:1] or not ((t > 0) & (t <= 1)).all():
             raise InputError(f"t must have shape [{len(x)}] and lie in (0, 1], got {t.tolist()[:3]}, ...")
-        time = t.double().view(-1, 1, 1)  # [B] -> [B, 1, 1]
-        offset = x.double()[:, None] - (1 - time) * self.means  # [B, K, D]
+        t = t.double().view(-1, 1, 1)  # [B] -> [B, 1, 1]
+        offset = x.double()[:, None] - (1 - t) * self.means  # [B, K, D]
         d = torch.einsum("kij,bki->bkj", self.axes, offset)  # [B, K, D], along the axes
-        s = (1 - time) ** 2 * self.variances + time**2  # [B, K, D]
+        s = (1 - t) ** 2 * self.variances + t**2  # [B, K, D]
         log_share = self.weights.log() - 0.5 * (d**2 / s + s.log()).sum(2)  # [B, K]
         share = torch.softmax(log_share, dim=1)  # [B, K]: p(k | x_t)
-        along = (time - (1 - time) * self.variances) * d / s  # [B, K, D]
+        along = (t - (1 - t) * self.variances) * d / s  # [B, K, D]
         v = torch.einsum("kij,bkj->bki", self.axes, along) - self.means  # [B, K, D]
         return (share[..., None] * v).sum(1).to(x.dtype)  # [B, K, D] -> [B, D]
