@@ -49,7 +49,7 @@ PAPER = dict(
     flow_updates=1, one_pass=True, gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
 TINY = PAPER | dict(
-    height=32, width=32, save_every=100, picture_every=100, kimg=3.2, batch=24, lr=2e-3, flow_lr=2e-3,
+    height=32, width=32, save_every=100, picture_every=100, kimg=3.2, batch=24, lr=2e-3, flow_lr=4e-3,
     lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=1.0, t_generator=(0.0, 2.0), samples=500)
 
 MODEL_FLAGS = {
