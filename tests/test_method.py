@@ -58,6 +58,8 @@ def test_guidance():
     torch.testing.assert_close(fgm.guided(net, 1.0, null)(x, t, c=c), x * c)
     with pytest.raises(ValueError, match="guidance replaces"):
         fgm.guided(net, 4.0, null)(x, t)
+    with pytest.raises(ValueError, match="guidance replaces"):
+        fgm.guided(net, 4.0, {"c": 0.5})(x, t, c=2.0)  # not a tensor: it would not be replaced
 
 
 def mixture():

@@ -531,6 +531,17 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
     assert run.read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
+def test_gradients_at_x0_stand_in_the_line_after_a_checkpoint(tmp_path):
+    """Measured at steps 3, 6 and 8, where checkpoints are due, and not again."""
+    teacher, net, flow = (toy2d.VelocityMLP(width=8, depth=1) for _ in range(3))
+    folder_run = run.FolderRun(tmp_path, save_every=3, log_every=2)
+    fgm.distill(teacher, fgm.OneStepGenerator(net, 0.5), flow, (2,), steps=8, batch=4, run=folder_run)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert ["l2_gradient_at_x0" in line for line in lines] == [False, True, True, True]
+    assert lines[1]["l2_gradient_at_x0"] != lines[2]["l2_gradient_at_x0"]
+
+
 def test_noise_of_a_seed_is_its_own():
     """Alone, in company, and for seeds that are neighbours or differ only above 32 bits."""
     seeds = torch.tensor([5, 6, 5 + 2**32, 2**62])
