@@ -15,7 +15,7 @@ The map, from the paper to this file:
 
     path x_t, section 3         interpolate         one-step generator, eq. (B.1)   OneStepGenerator
     ReFlow loss (3.6)           reflow_loss         sampling the teacher            sample_ode, Guided
-    FGM losses (4.11), (4.12)   all_losses          t of appendices B.1 and B.2     logit_normal
+    FGM losses (4.11), (4.12)   fgm_losses          t of appendices B.1 and B.2     logit_normal
     Algorithm 1                 distill             the teacher's training          train_flow
     marginal velocity (3.2)     GaussianMixture     (4.7) and Theorem 4.2 (4.8)     tests/test_theorems.py
 
@@ -96,8 +96,7 @@ def reflow_loss(net, x0, noise, t, **cond):
 
 
 def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
-    """The FGM losses (4.11), (4.12). Where flow is exact, their gradients add up to that of (4.1), by
-    (4.3), whose second Grad_1 is a misprint for Grad_2.
+    """The FGM losses (4.11), (4.12). Where flow is exact, their gradients add up to that of (4.1), see (4.3).
 
     x0 = g(z) [B, ...] carries the generator's graph; noise [B, ...] and t [B] are drawn independently of z
     (Theorem 4.1 conditions on x0 alone). Gradients reach x0 through noise - x0 and through x_t, the input of
@@ -310,15 +309,14 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     into evaluation mode. shape: that of one sample. conditions(seeds) -> cond: the conditions that int64
     seeds [B] choose. The generator minimises loss_scale * (L2 + l1_weight * L1): l1_weight 1 is the exact
     gradient of (4.1), 0 the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
-    weight(t, u, target) -> [B] scales L1 and L2 as a constant; a weight of t alone keeps the gradient exact,
-    for (4.1) so weighted. t ~ logit-normal(*t_generator) in the FGM loss, (*t_flow) in the flow's. flow_lr
-    None: lr. flow_updates: of the flow, per step. one_pass: the last of them and the generator's use the same
-    samples, of which v has not learned yet, and the same x_t and v where t_flow equals t_generator. In
-    forward passes (backward: 1 to an input, 2 to weights, too) a step costs 9, else 10, and 11 without
-    one_pass. extra: an nn.Module with flow_loss(flow, x0, seeds, cond) and generator_loss(flow, x0, seeds,
-    cond), [B] each, added to the two losses (loss_scale scales the latter, too), which trains with the flow
-    (the GAN of appendix B.2). Returns (generator, with the moving average as its weights, seconds spent);
-    train_flow says the rest."""
+    weight(t, u, target) -> [B] scales L1 and L2 as a constant; if of t alone, the gradient stays exact.
+    t ~ logit-normal(*t_generator) in the FGM loss, (*t_flow) in the flow's. flow_lr None: lr. flow_updates:
+    per step. one_pass: the last of them and the generator's share their samples, of which v has not learned
+    yet, and x_t and v, too, where t_flow equals t_generator. In forward passes (backward: 1 to an input, 2 to
+    weights, too) a step then costs 9, with different t 10, without one_pass 11. extra: an nn.Module with
+    flow_loss(flow, x0, seeds, cond) and generator_loss(flow, x0, seeds, cond), [B] each, added to the two
+    losses (loss_scale scales the latter, too), which trains with the flow (the GAN of appendix B.2).
+    Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
     flow_lr, t_flow, t_generator = lr if flow_lr is None else flow_lr, tuple(t_flow), tuple(t_generator)
     settings = dict(steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
                     clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
@@ -364,7 +362,8 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                 flow_loss, l1, l2 = all_losses(teacher, flow, leaf, noise, t, weight=weight, **cond)
             if shared:
                 learn_flow(x0.detach(), noise, t, seeds, cond, flow_loss)
-            terms, loss = {"l1": l1, "l2": l2}, l2 + l1_weight * l1
+            terms = {"l1": l1, "l2": l2}
+            loss = l2 + l1_weight * l1
             if extra is not None:
                 with bf16:
                     terms["extra"] = extra.generator_loss(flow, leaf, seeds, cond)
@@ -376,7 +375,8 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
         x0.backward(at_x0)
 
     for step in run.steps("distill", steps, learners, settings):
-        losses, gradients, lr_factor = defaultdict(list), {}, schedule(step, steps, lr_warmup, lr_decay)
+        lr_factor = schedule(step, steps, lr_warmup, lr_decay)
+        losses, gradients = defaultdict(list), {}
 
         # "Freeze theta, update psi": the flow, by (3.6), on fresh samples. one_pass: the last time is below.
         for k in range(flow_updates - 1 if one_pass else flow_updates):

@@ -562,13 +562,13 @@ class FolderRun(fgm.Run):
             drawing = self.picture and "generator" in learners
             drawing = drawing and (done % (self.picture_every or steps) == 0 or done == steps)
             saving = done % self.save_every == 0 or done == steps
-            self.logging = drawing or done % self.log_every == 0 or done == steps
+            logging = drawing or done % self.log_every == 0 or done == steps
             self.looking = drawing or saving
             yield self.step
             self.bar.update(self.batch)
             if drawing:
                 self.draw(learners["generator"], done)
-            if self.logging:
+            if logging:
                 self.check()
                 self.write_log(done)
             if drawing and (done == steps or time.perf_counter() > self.draw_after):
