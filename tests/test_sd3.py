@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENV, ROOT, assert_refused, command, drive
+from helpers import ENV, ROOT, assert_refused, command, drive, drive_here
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import bench
 import fgm
 import sd3
+import tiny_sd3
 from parts import pipeline, progress
 from parts.captions import PROMPTS, captioned_digits, captions, judge
 from parts.images import to_uint8
@@ -25,7 +26,6 @@ from parts.mmdit import GAN, memory_estimate, networks
 from parts.pipeline import draw, export, open_pipeline
 from parts.prompts import Embeddings, Rows, encode_prompts, grammar, load_component, text_pipeline
 from parts.run import FolderRun, noise_from, save_tensors
-from tiny_sd3 import TRANSFORMER
 
 SMALL = [
     "--kimg", "0.048", "--batch", "8", "--samples", "6", "--save-every", "3", "--picture-every", "6",
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     out = tmp_path_factory.mktemp("sd3") / "tiny"
-    done = drive("tiny_sd3.py", "--out", out, "--vae-steps", 3, "--kimg", 0.064, "--samples", 2)
+    done = drive_here(tiny_sd3, "--out", out, "--vae-steps", 3, "--kimg", 0.064, "--samples", 2)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -311,7 +311,7 @@ def test_ratio_of_the_gans_gradient_to_that_of_l2_by_hand(tmp_path, side):
 
 def test_every_matrix_product_is_in_a_compiled_graph():
     """With checkpointing and LoRA, where recomputation once left the blocks uncompiled."""
-    config = TRANSFORMER | {"num_layers": 1}
+    config = tiny_sd3.TRANSFORMER | {"num_layers": 1}
     _, flow, _, shape, _, conditions = bench.miniature(CPU, 2, 4, False, True, config)
 
     def backend(graph, inputs):
@@ -421,7 +421,7 @@ def test_judge_reads_real_digits():
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "whole"
-    done = drive("sd3.py", "--model", model, "--out", out, "--real", model / "images", *SMALL)
+    done = drive_here(sd3, "--model", model, "--out", out, "--real", model / "images", *SMALL)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -440,19 +440,20 @@ def test_command_writes_what_it_promises(finished, model):
     pictures = ("one-step.png", "teacher-28-steps.png", "distill-0000006.png", "samples.png", "progress.png")
     for name in (*pictures, "config.json", "log.jsonl", "generator.safetensors"):
         assert (out / name).stat().st_size > 100
-    done = drive("sd3.py", "--out", out, "--sample", "the digit 7", "--n", 2)
+    done = drive_here(sd3, "--out", out, "--sample", "the digit 7", "--n", 2)
     assert done.returncode == 0 and (out / "sample.png").exists()
 
 
 def test_interrupted_run_resumed_equals_uninterrupted(finished, model, tmp_path):
-    first = ["sd3.py", "--model", model, "--out", tmp_path, "--real", model / "images", *SMALL]
-    process = subprocess.Popen(command(*first), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = ["--model", model, "--out", tmp_path, "--real", model / "images", *SMALL]
+    started = command("sd3.py", *first)
+    process = subprocess.Popen(started, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "checkpoints" / "distill-000000003").exists() and process.poll() is None:
         pass
     process.kill()
     process.wait()
     assert not (tmp_path / "metrics.json").exists()
-    done = drive(*first)
+    done = drive_here(sd3, *first)
     assert done.returncode == 0, done.stderr
     whole, resumed = (load_file(out / "generator.safetensors") for out in (finished[0], tmp_path))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -462,7 +463,7 @@ def test_geneval_layout(finished, tmp_path):
     out, _ = finished
     lines = '{"tag": "a", "prompt": "the digit 3"}\n{"tag": "b", "prompt": "4"}\n'
     (tmp_path / "metadata.jsonl").write_text(lines)
-    assert drive("sd3.py", "--out", out, "--geneval", tmp_path / "metadata.jsonl").returncode == 0
+    assert drive_here(sd3, "--out", out, "--geneval", tmp_path / "metadata.jsonl").returncode == 0
     for i, tag in enumerate("ab"):
         folder = out / "geneval" / f"{i:05d}"
         assert json.loads((folder / "metadata.jsonl").read_text())["tag"] == tag
@@ -528,7 +529,7 @@ def test_lora_run_resumes_and_writes_its_file(model, tmp_path):
     assert lora["transformer.pos_embed.proj.lora_A.weight"].shape == (16, 16, 1, 1)
     before = (tmp_path / "generator.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "checkpoints" / "distill-000000006")
-    done = drive("sd3.py", *arguments)
+    done = drive_here(sd3, *arguments)
     assert done.returncode == 0 and (tmp_path / "generator.safetensors").read_bytes() == before
 
 

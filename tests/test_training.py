@@ -68,7 +68,7 @@ ALL_LINES = [("teacher", s) for s in (10, 20, 30)] + [("distill", s) for s in (1
 def finished(tmp_path_factory):
     """An uninterrupted run of the command line."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = drive("toy2d.py", *SMALL, "--out", out)
+    done = drive_here(toy2d, *SMALL, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
