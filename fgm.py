@@ -25,12 +25,14 @@ and minimises L2 + l1_weight * L1 with l1_weight 0 by default, the paper's pract
 
 Conventions. t is float32 of shape [B] in [0, 1]; t = 0 is data, t = 1 is noise. A velocity is noise - x0, an
 Euler step from t to s is x + (s - t) v. A velocity network is any callable net(x, t, **cond) -> v with
-v.shape == x.shape; one that is trained or copied must be an nn.Module. Losses are sums over the dimensions of
-a sample, one value per sample. This file needs torch and numpy alone and can be copied elsewhere.
+v.shape == x.shape, differentiable in x (no torch.no_grad inside), which it does not change in place; one that
+is trained or copied must be an nn.Module. Losses are sums over the dimensions of a sample, one value per
+sample. This file needs torch and numpy alone and can be copied elsewhere.
 """
 
 import functools
 import math
+import numbers
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -119,6 +121,8 @@ def all_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
     l2 = 2 * dot(u - v, v - target)  # (4.12)
     if weight is not None:
         w = weight(t, u.detach(), target.detach())
+        if torch.is_tensor(w) and w.dim() and w.shape != t.shape:
+            raise InputError(f"weight must return [{len(t)}], one value per sample, got {list(w.shape)}")
         l1, l2 = w * l1, w * l2
     return flow_loss, l1, l2
 
@@ -233,8 +237,9 @@ class Guided(nn.Module):
         self.net, self.scale, self.null = net, scale, null
 
     def forward(self, x, t, **cond):
-        if not self.null.keys() <= {name for name, value in cond.items() if torch.is_tensor(value)}:
-            raise InputError(f"guidance replaces tensors {sorted(self.null)}, the call has {sorted(cond)}")
+        tensors = {name for name, value in cond.items() if torch.is_tensor(value)}
+        if not self.null.keys() <= tensors:
+            raise InputError(f"guidance replaces tensors {sorted(self.null)}, the call has {sorted(tensors)}")
         if self.scale == 1:
             return self.net(x, t, **cond)
         both = {}
@@ -243,9 +248,8 @@ class Guided(nn.Module):
                 other = torch.as_tensor(self.null.get(name, value), dtype=value.dtype, device=value.device)
                 value = torch.cat([value, other.expand_as(value)])  # [B, ...] -> [2B, ...]
             both[name] = value
-        v = self.net(torch.cat([x, x]), torch.cat([t, t]), **both)  # [2B, ...]
+        v = velocity(self.net, torch.cat([x, x]), torch.cat([t, t]), **both)  # [2B, ...]
         v_cond, v_null = v.chunk(2)  # [2B, ...] -> 2 x [B, ...]
-        v_cond, v_null = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (v_cond, v_null))
         return v_null + self.scale * (v_cond - v_null)
 
     def compile(self, **settings):
@@ -323,7 +327,8 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                     loss_scale=loss_scale, flow_updates=flow_updates, ema_decay=ema_decay, seed=seed,
                     precision=precision, **generator.coefficients())
     check_settings(**settings)
-    settings |= dict(betas=betas, eps=eps, weight=weight, one_pass=one_pass)
+    check_apart(teacher=teacher, generator=generator, flow=flow)
+    settings |= dict(betas=betas, eps=eps, weight=weight, one_pass=one_pass, shape=list(shape))
     slices = micro_batches(batch, micro_batch)
     device = next(generator.parameters()).device
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
@@ -433,13 +438,23 @@ def check_setting(name, value, allowed, whole=False):
     for number, interval in pairs:
         low, high = (float(end) for end in interval[1:-1].split(","))
         at_an_end = interval[0] == "[" and number == low or interval[-1] == "]" and number == high
-        if not (low < number < high or at_an_end) or whole and number != int(number):
+        right = isinstance(number, numbers.Integral if whole else numbers.Real)
+        if not right or not (low < number < high or at_an_end):
             raise InputError(f"{name} must be {'a whole number ' * whole}in {interval}, got {number}")
 
 
 def check_settings(**settings):
     for name, value in settings.items():
         check_setting(name, value, RANGES[name], name in WHOLE_NUMBERS)
+
+
+def check_apart(**nets):
+    """Raises InputError if two networks share a trainable parameter, for want of a deepcopy for instance."""
+    owners = {}
+    for name, net in nets.items():
+        for p in net.parameters() if isinstance(net, nn.Module) else ():
+            if p.requires_grad and owners.setdefault(p, name) != name:
+                raise InputError(f"{owners[p]} and {name} share parameters: give each a copy (copy.deepcopy)")
 
 
 def process_rank():
@@ -538,8 +553,8 @@ class Learner:
         self.module, self.lr, self.betas, self.clip, self.ema_decay = module, lr, betas, clip, ema_decay
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if {p.dtype for p in self.parameters.values()} not in ({torch.float32}, {torch.float64}):
-            raise InputError("a network in training needs trainable parameters, all in float32: "
-                             "bfloat16 weights would not move at these learning rates")
+            raise InputError(f"a network in training, a {type(module).__name__} here, needs trainable "
+                             "parameters, all in float32: bfloat16 weights would not move at such rates")
         self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, eps=eps, fused=True)
         kinds = ("exp_avg", "exp_avg_sq") if betas[0] else ("exp_avg_sq",)  # Adam's moments, by torch's names
         for p in self.parameters.values():
@@ -552,7 +567,10 @@ class Learner:
         """One Adam step at lr_factor * lr, then the average. Returns the gradient norm before clipping."""
         for group in self.adam.param_groups:
             group["lr"] = lr_factor * self.lr
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        for p in self.parameters.values():
+            if p.grad is None:  # Adam is to count the same number of steps for all, as a checkpoint does
+                p.grad = torch.zeros_like(p)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values()])
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
         if not self.betas[0]:  # the first moment is the gradient itself and needs no memory of its own

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,10 @@ def per(t):
     return t[:, None]
 
 
+def column(t, u, target):
+    return per(t)
+
+
 def test_generator_starts_near_the_data():
     """At t_star = 1 a point mass at m is hit exactly: v = noise - m (the sign of B.1, not of 5.1)."""
     v = fgm.GaussianMixture([1.0], [[2.0, -3.0]], torch.zeros(1, 2, 2)).velocity
@@ -58,7 +63,7 @@ def test_guidance():
     torch.testing.assert_close(fgm.guided(net, 1.0, null)(x, t, c=c), x * c)
     with pytest.raises(ValueError, match="guidance replaces"):
         fgm.guided(net, 4.0, null)(x, t)
-    with pytest.raises(ValueError, match="guidance replaces"):
+    with pytest.raises(ValueError, match=r"guidance replaces tensors \['c'\], the call has \[\]"):
         fgm.guided(net, 4.0, {"c": 0.5})(x, t, c=2.0)  # not a tensor: it would not be replaced
 
 
@@ -124,6 +129,8 @@ LEANING = torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])
         (lambda: fgm.reflow_loss(gaussian(0, 1), X, X[:, :1], T), r"\[4, 2\] and \[4, 1\]"),
         (lambda: fgm.reflow_loss(lambda x, t: x[:, :1], X, X, T), r"got \[4, 1\]"),
         (lambda: fgm.fgm_losses(lambda x, t: x[:1], lambda x, t: x, X, X, T), r"got \[1, 2\]"),
+        (lambda: fgm.fgm_losses(gaussian(0, 1), gaussian(1, 1), X, X, T, weight=column),
+         r"weight must return \[4\], one value per sample, got \[4, 1\]"),
         (lambda: fgm.OneStepGenerator(torch.nn.Identity(), 0.0), "t_star"),
         (lambda: fgm.OneStepGenerator(torch.nn.Identity(), 1.5), "t_star"),
         (lambda: fgm.sample_ode(gaussian(0, 1), X, 0), "steps"),
@@ -162,9 +169,10 @@ def test_ranges_with_open_and_closed_ends(allowed, inside, outside):
 
 
 def test_whole_numbers_and_every_setting_of_the_loops():
-    fgm.check_setting("batch", 3.0, "[1, 1e9]", whole=True)
-    with pytest.raises(fgm.InputError, match=r"batch must be a whole number in \[1, 1e9\], got 2.5"):
-        fgm.check_settings(batch=2.5)
+    fgm.check_settings(batch=np.int64(3), lr=np.float32(1e-3))
+    for value in (2.5, 3.0, "3", torch.tensor(3)):
+        with pytest.raises(fgm.InputError, match=r"batch must be a whole number in \[1, 1e9\], got"):
+            fgm.check_settings(batch=value)
     net = torch.nn.Linear(2, 2)
     both = dict(steps=1, batch=4)
     bad = dict(steps=0, batch=math.nan, lr=math.inf, lr_decay=1.5, clip=0, ema_decay=1, seed=-1)
