@@ -183,7 +183,7 @@ def initial_network(args, real, label_dim):
     channels, resolution = real.pixels.shape[1:3]
     sizes = [resolution >> level for level in range(len(args.channel_mult))]
     if args.attention != PAPER["attention"] and not set(args.attention) <= set(sizes):
-        raise InputError(f"--attention: the network's resolutions are {sizes}")
+        raise InputError(f"--attention: the network's resolutions are {sizes} (none: --attention alone)")
     network = dict(
         img_resolution=resolution, in_channels=channels, out_channels=channels, label_dim=label_dim,
         model_channels=args.model_channels, channel_mult=args.channel_mult, num_blocks=args.num_blocks,

@@ -368,6 +368,8 @@ def train_judge(images, limit=5000):
 
 def noise_floor(pixels):
     """Pixel Fréchet distance between two random halves of real images: uint8 [N, C, R, R], N >= 4."""
+    if len(pixels) < 4:
+        raise InputError(f"the data has {len(pixels)} images; its scores need at least 4")
     order = random_order(len(pixels))
     half = len(order) // 2
     return pixel_frechet(pixels[order[:half]], pixels[order[half:]])

@@ -61,7 +61,8 @@ def draw(log, path):
         for name in [name for name in names if name in curves]:
             axis.plot(*curves[name], marker="." * (name == "score"), label=name.replace("_", " "))
         axis.set(title=title, xlabel="distillation steps")
-        if "score" in names or title == "gradient norms":
+        positive = any(value > 0 for line in axis.lines for value in line.get_ydata())
+        if positive and ("score" in names or title == "gradient norms"):
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(LogFormatter())
             axis.yaxis.set_minor_formatter(LogFormatter())

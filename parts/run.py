@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -72,8 +73,7 @@ def command(main):
         status = error.code
         message = STOPPED if status == 143 else None
     finally:
-        while FolderRun.locks:
-            FolderRun.locks.pop().close()
+        FolderRun.unlock()
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     if status:
@@ -314,7 +314,8 @@ def fingerprint_of(net):
 
 def save_weights(net, path, metadata=None):
     """Write a network's parameters and buffers as safetensors. A collective call."""
-    state = {name: gathered(value.detach()).cpu().contiguous() for name, value in net.state_dict().items()}
+    whole = {name: gathered(value.detach()) for name, value in net.state_dict().items()}
+    state = {name: value.to("cpu", copy=True).contiguous() for name, value in whole.items()}  # tied ones, too
     broken = [name for name, value in state.items() if not value.isfinite().all()]
     if broken:
         raise Diverged(f"{path} was not written: its weights are not finite, first in {broken[0]}")
@@ -434,15 +435,35 @@ def save_checkpoint(folder, phase, step, learners, settings, seconds):
 
 
 def described(value):
-    """A setting as JSON can hold it; a function by its name, a lambda by its code, a partial by its parts."""
+    """A setting as JSON can hold it: a function by its name, a lambda by its code, both with the numbers and
+    texts that they close over; a partial by its parts. Raises InputError for what JSON cannot hold."""
     if isinstance(value, functools.partial):
-        return f"partial({described(value.func)}, {value.args}, {value.keywords})"
+        given = {name: described(part) for name, part in value.keywords.items()}
+        return f"partial({described(value.func)}, {[described(part) for part in value.args]}, {given})"
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return value.tolist()
     if not callable(value):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a checkpoint cannot keep the setting {value!r}: numbers, texts, or lists or "
+                             "dicts of them") from error
         return value
     code = getattr(value, "__code__", None)
-    if code is None or value.__name__ != "<lambda>":
+    if code is None:
         return getattr(value, "__name__", type(value).__name__)
-    return f"lambda {zlib.crc32(repr((code.co_code, code.co_consts, code.co_names)).encode()):08x}"
+    name = value.__name__
+    if name == "<lambda>":
+        name = f"lambda {zlib.crc32(repr(content_of(code)).encode()):08x}"
+    closed_over = [cell.cell_contents for cell in value.__closure__ or ()]
+    plain = [content for content in closed_over if isinstance(content, (bool, int, float, str))]
+    return f"{name} with {plain}" if plain else name
+
+
+def content_of(code):
+    """What a code object does, without its address: of functions inside it, too."""
+    constants = [content_of(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    return code.co_code, tuple(constants), code.co_names
 
 
 def load_checkpoint(folder, phase, learners, settings, resume):
@@ -462,9 +483,9 @@ def load_checkpoint(folder, phase, learners, settings, resume):
         saved = json.loads((newest / "checkpoint.json").read_text())
         claimed = saved.pop("crc32", None)
         intact = saved["files"] == checksums(newest) and claimed in (None, checksum(saved))
-        step, seconds, updates = int(saved["step"]), float(saved["seconds"]), dict(saved["updates"])
-        then = dict(saved["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        step, seconds, then = int(saved["step"]), float(saved["seconds"]), dict(saved["settings"])
+        updates = {name: int(saved["updates"][name]) for name in learners}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{refusal} ({type(error).__name__})") from error
     if not intact:
         raise InputError(f"{refusal} (a file is missing or changed)")
@@ -480,6 +501,9 @@ def load_checkpoint(folder, phase, learners, settings, resume):
     state = {name: value.contiguous() for name, value in targets.items()}  # a copy of what is channels-last
     try:
         reader = dcp.HuggingFaceStorageReader(str(newest))
+        parameters = [name for name in reader.read_metadata().state_dict_metadata if ".parameter." in name]
+        if not set(parameters) <= state.keys():  # it would be read in part
+            raise KeyError
         with unwrapped():
             dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
     except Exception as error:  # the reader raises what it likes; whatever it was, this file cannot be used
@@ -510,10 +534,12 @@ class FolderRun(fgm.Run):
 
     PHASES = ("teacher", "distill")
     T_BINS = 10
-    locks = []
+    locks = {}  # {folder: its lock}, of this process
 
     def __init__(self, out, resume="same", save_every=1000, log_every=100, picture_every=None, picture=None,
                  fingerprint=None):
+        for name, value in {"save_every": save_every, "log_every": log_every}.items():
+            fgm.check_setting(name, value, fgm.COUNT, whole=True)
         self.out, self.resume = open_folder(out), resume
         self.save_every, self.log_every, self.picture_every = save_every, log_every, picture_every
         self.picture, self.fingerprint = picture, fingerprint or {}
@@ -523,18 +549,26 @@ class FolderRun(fgm.Run):
     def take_folder(self):
         """Lock the folder and, to start again, remove what earlier runs left. Raises InputError if in use."""
         self.folder.mkdir(exist_ok=True)
+        if self.out.resolve() in self.locks:  # this process's own: a notebook's cell, called again
+            self.locks.pop(self.out.resolve()).close()
         lock = open(self.out / ".lock", "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
             raise InputError(f"another run is at work in {self.out}: wait, or name another --out") from error
-        self.locks.append(lock)
+        self.locks[self.out.resolve()] = lock
         if self.resume == "no":
             for old in [path for phase in self.PHASES for path in checkpoints(self.folder, phase)]:
                 shutil.rmtree(old)
             for name in ("generator.safetensors", "metrics.json", "log.jsonl", "progress.png"):
                 (self.out / name).unlink(missing_ok=True)
+
+    @classmethod
+    def unlock(cls):
+        """Give back all folders of this process."""
+        while cls.locks:
+            cls.locks.popitem()[1].close()
 
     def steps(self, phase, steps, learners, settings):
         settings = {name: described(value) for name, value in (settings | self.fingerprint).items()}
@@ -582,7 +616,8 @@ class FolderRun(fgm.Run):
         self.check()
         learner.swap()
         with torch.no_grad():
-            self.scores = self.picture(step, learner.module) or {}
+            found = self.picture(step, learner.module) or {}
+        self.scores = {name: described(value) for name, value in found.items()}
         for part in learner.module.modules():
             if hasattr(part, "reshard"):
                 part.reshard()  # FSDP2 keeps the outermost weights gathered after passes without gradients
@@ -640,6 +675,7 @@ class FolderRun(fgm.Run):
     def look_at(self, x0, **losses):
         """Where a picture or a checkpoint is due, because it costs a backward pass per loss: the norm of each
         loss's gradient at x0, root mean square over samples, for the next line of the log."""
+        losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
         for name, loss in losses.items() if self.looking else ():
             (gradient,) = torch.autograd.grad(loss.sum(), x0, retain_graph=True)
             self.extras[f"{name}_gradient_at_x0"] = gradient.norm() / len(x0) ** 0.5

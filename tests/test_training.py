@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from helpers import ENV, ROOT, command, drive, drive_here
@@ -128,11 +129,90 @@ def test_extra_losses_reach_both_networks():
     assert torch.equal(plain, nothing) and not torch.equal(plain, something)
 
 
+def test_networks_that_share_weights_are_refused():
+    """What a forgotten deepcopy makes; a frozen part may be shared."""
+    for shared in ("teacher, generator", "teacher, flow", "generator, flow"):
+        teacher, generator, flow = networks()
+        if shared == "teacher, generator":
+            generator = fgm.OneStepGenerator(teacher, 0.8)
+        elif shared == "teacher, flow":
+            flow = teacher
+        else:
+            flow = generator.net
+        with pytest.raises(fgm.InputError, match=shared.replace(", ", " and ") + " share parameters"):
+            fgm.distill(teacher, generator, flow, (2,), steps=1, batch=4)
+    teacher, generator, flow = networks()
+    for net in (generator.net, flow):
+        net.net[0] = teacher.net[0].requires_grad_(False)
+    before = weights(teacher)
+    fgm.distill(teacher, generator, flow, (2,), steps=2, batch=4, lr=1e-2)
+    assert torch.equal(weights(teacher), before) and not torch.equal(weights(generator), before)
+
+
+class Sometimes(torch.nn.Module):
+    """A network one part of which takes part in every third pass only."""
+
+    def __init__(self, passes=0):
+        super().__init__()
+        self.always, self.rarely, self.passes = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), passes
+
+    def forward(self, x, t):
+        self.passes += 1
+        return self.always(x) + (self.rarely(x) if self.passes % 3 == 0 else 0)
+
+
+def trained(net, folder, steps=10):
+    data = torch.linspace(-1, 1, 128).view(64, 2)
+    around = run.FolderRun(folder, save_every=5)
+    fgm.train_flow(net, lambda seeds: (data[seeds % 64], {}), steps=steps, batch=8, lr=1e-2, run=around)
+    run.FolderRun.unlock()
+    return weights(net)
+
+
+def test_a_part_without_gradients_in_some_steps_is_resumed_exactly(tmp_path):
+    torch.manual_seed(0)
+    whole, half = Sometimes(), Sometimes(passes=5)
+    expected = trained(whole, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/teacher-000000010")
+    assert torch.equal(trained(half, tmp_path), expected)
+
+
+def test_checkpoint_of_a_larger_network_is_not_read_in_part(tmp_path):
+    trained(Sometimes(), tmp_path)
+    smaller = Sometimes()
+    smaller.rarely = None
+    with pytest.raises(fgm.InputError, match="teacher-000000010 is damaged or not a checkpoint of this run"):
+        trained(smaller, tmp_path)
+    run.FolderRun.unlock()
+
+
 def test_lambdas_and_partials_are_told_apart_in_settings():
     names = {run.described(weight) for weight in (
         lambda t, u, target: t, lambda t, u, target: 2 * t, lambda t, u, target: t**2,
-        functools.partial(fgm.logit_normal, 1), functools.partial(fgm.logit_normal, 2), fgm.sid_weight)}
-    assert len(names) == 6 and "sid_weight" in names and json.dumps(sorted(names))
+        functools.partial(fgm.logit_normal, 1), functools.partial(fgm.logit_normal, 2), fgm.sid_weight,
+        scaled(1.0), scaled(2.0), lambda t, u, target: sum(k * t for k in (1, 2)))}
+    assert len(names) == 9 and "sid_weight" in names and json.dumps(sorted(names))
+    assert not any("0x" in name for name in names)  # an address is another in the next process
+
+
+def scaled(factor):
+    def weight(t, u, target):
+        return factor * t
+
+    return weight
+
+
+def test_what_a_checkpoint_cannot_keep_is_said_before_the_first_step(tmp_path):
+    steps = []
+    around = run.FolderRun(tmp_path, fingerprint={"data": tmp_path})
+    with pytest.raises(fgm.InputError, match="cannot keep the setting .*Path"):
+        distilled(run=around, weight=lambda t, u, target: steps.append(t))
+    assert not steps
+    kept = distilled(run=run.FolderRun(tmp_path), lr=np.float32(1e-3), seed=np.int64(3))
+    saved = json.loads((tmp_path / "checkpoints/distill-000000008/checkpoint.json").read_text())
+    assert saved["settings"]["seed"] == 3 and saved["settings"]["lr"] == float(np.float32(1e-3))
+    assert torch.equal(kept, distilled(lr=np.float32(1e-3), seed=3))
+    run.FolderRun.unlock()
 
 
 def test_the_log_holds_the_scores_of_generator_and_teacher(finished):
@@ -179,13 +259,13 @@ def test_distillation_is_tied_to_the_weights_of_its_teacher(tmp_path):
     fingerprint = {"teacher_weights": run.fingerprint_of(teacher)}
     first = run.FolderRun(tmp_path, fingerprint=fingerprint)
     fgm.distill(teacher, generator, flow, (2,), run=first, **settings)
-    run.FolderRun.locks.pop().close()
+    run.FolderRun.unlock()
     teacher, generator, flow = networks(seed=1)
     fingerprint = {"teacher_weights": run.fingerprint_of(teacher)}
     with pytest.raises(fgm.InputError, match="teacher_weights [0-9a-f]{8} -> [0-9a-f]{8}"):
         other = run.FolderRun(tmp_path, fingerprint=fingerprint)
         fgm.distill(teacher, generator, flow, (2,), run=other, **settings)
-    run.FolderRun.locks.pop().close()
+    run.FolderRun.unlock()
 
 
 PICTURES = """
@@ -234,7 +314,7 @@ def test_mutated_checkpoints_are_refused_or_harmless(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "FILE_BYTES", 4000)
     teacher, generator, flow = networks()
     fgm.distill(teacher, generator, flow, (2,), steps=4, batch=4, run=run.FolderRun(tmp_path, save_every=2))
-    run.FolderRun.locks.pop().close()
+    run.FolderRun.unlock()
     newest = tmp_path / "checkpoints/distill-000000004"
     original = contents(newest)
     files = sorted(newest.glob("*.safetensors"))
@@ -268,6 +348,37 @@ def test_what_is_written_is_finite(tmp_path):
     with pytest.raises(fgm.Diverged, match="net.0.weight"):
         run.save_weights(net, tmp_path / "net.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_tied_weights_are_written(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    net[1].weight = net[0].weight
+    run.save_weights(net, tmp_path / "net.safetensors")
+    written = load_file(tmp_path / "net.safetensors")
+    assert torch.equal(written["0.weight"], net[0].weight) and torch.equal(written["1.weight"], net[0].weight)
+
+
+def test_pictures_and_extra_losses_of_ones_own(tmp_path):
+    """A picture may return numpy's and torch's numbers, an extra loss may be a constant in warm-up."""
+
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(2, 1)
+
+        def flow_loss(self, flow, x0, seeds, cond):
+            return self.head(x0)[:, 0]
+
+        def generator_loss(self, flow, x0, seeds, cond):
+            return torch.zeros(len(x0))
+
+    around = run.FolderRun(tmp_path, picture_every=4)
+    around.picture = lambda step, generator: {"score": np.float32(0.5), "other": torch.tensor(step)}
+    assert torch.equal(distilled(run=around, extra=Constant()), distilled(extra=Constant()))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["score"], line["other"]) for line in lines] == [(0.5, 4), (0.5, 8)]
+    assert "l2_gradient_at_x0" in lines[0] and "extra_gradient_at_x0" not in lines[0]
+    run.FolderRun.unlock()
 
 
 def test_conditions_reach_every_network_and_follow_the_seeds():
@@ -425,7 +536,8 @@ def test_broken_log_line_and_folders_of_others(finished, tmp_path):
     assert logged(tmp_path) == ALL_LINES
     own = ["distill-000000030", "distill-000000040", "teacher-000000020", "teacher-000000030"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(own + others)
-    run.FolderRun(tmp_path, resume="no").locks.pop().close()
+    run.FolderRun(tmp_path, resume="no")
+    run.FolderRun.unlock()
     assert sorted(path.name for path in folder.iterdir()) == others
     assert all((folder / name / "note.txt").read_text() == "mine" for name in others)
 
@@ -438,10 +550,8 @@ def test_second_run_in_the_same_folder_is_refused(finished, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"another run is at work in {tmp_path}" in done.stderr
     assert contents(tmp_path) == before
-    with pytest.raises(fgm.InputError, match="another run is at work"):
-        run.FolderRun(tmp_path)
-    first.locks.pop().close()
-    run.FolderRun(tmp_path).locks.pop().close()
+    assert run.FolderRun(tmp_path).locks.keys() == first.locks.keys() == {tmp_path}  # a notebook's cell again
+    run.FolderRun.unlock()
 
 
 def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, tmp_path):
@@ -454,6 +564,12 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, 
         done = drive_here(toy2d, *SMALL, "--out", tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert f"{newest} is damaged" in done.stderr and before.name in done.stderr
+    saved = json.loads((newest / "checkpoint.json").read_text())
+    del saved["crc32"]
+    for damaged in ("null", "[" * 100_000, json.dumps(saved | {"updates": {}})):
+        (newest / "checkpoint.json").write_text(damaged)
+        done = drive_here(toy2d, *SMALL, "--out", tmp_path)
+        assert done.returncode == 2 and f"{newest} is damaged" in done.stderr and done.stderr.count("\n") == 1
     shutil.rmtree(newest)
     done = drive_here(toy2d, *SMALL, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
