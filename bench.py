@@ -85,6 +85,7 @@ def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, con
 
 
 SUBJECTS = {
+    "toy MLP, batch 768": partial(toy, batch=768),
     "toy MLP, batch 4096": toy,
     "EDM U-Net, digits, batch 128": digits,
     "miniature SD3, three networks, batch 48": miniature,
