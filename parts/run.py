@@ -49,7 +49,8 @@ STOPPED = "stopped; the same command goes on from the last checkpoint"
 def command(main):
     """Call a command's main() and turn what the user can fix into one line on stderr and an exit status.
 
-    2: bad input, or something that cannot be read or written; 1: divergence; 130 and 143: Ctrl-C, SIGTERM."""
+    2: bad input, or something that cannot be read or written; 1: divergence; 130 and 143: Ctrl-C, SIGTERM.
+    Where there are several processes it does not return."""
 
     def terminate(number, frame):
         raise SystemExit(143)
@@ -79,9 +80,13 @@ def command(main):
     if status:
         sys.exit(status)
     if dist.is_initialized():
-        # Processes leave together: gloo's threads let go of tensors late, and need Python for that.
+        # Processes leave together, and at once: a thread of gloo's that lets go of its last tensor only when
+        # Python is already ending aborts the process.
         dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------------------
