@@ -554,15 +554,16 @@ class FolderRun(fgm.Run):
     def take_folder(self):
         """Lock the folder and, to start again, remove what earlier runs left. Raises InputError if in use."""
         self.folder.mkdir(exist_ok=True)
-        if self.out.resolve() in self.locks:  # this process's own: a notebook's cell, called again
-            self.locks.pop(self.out.resolve()).close()
+        where = self.out.resolve()
+        if where in self.locks:  # this process's own: a notebook's cell, called again
+            self.locks.pop(where).close()
         lock = open(self.out / ".lock", "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
             raise InputError(f"another run is at work in {self.out}: wait, or name another --out") from error
-        self.locks[self.out.resolve()] = lock
+        self.locks[where] = lock
         if self.resume == "no":
             for old in [path for phase in self.PHASES for path in checkpoints(self.folder, phase)]:
                 shutil.rmtree(old)
@@ -680,10 +681,10 @@ class FolderRun(fgm.Run):
     def look_at(self, x0, **losses):
         """Where a picture or a checkpoint is due, because it costs a backward pass per loss: the norm of each
         loss's gradient at x0, root mean square over samples, for the next line of the log."""
-        losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
-        for name, loss in losses.items() if self.looking else ():
-            (gradient,) = torch.autograd.grad(loss.sum(), x0, retain_graph=True)
-            self.extras[f"{name}_gradient_at_x0"] = gradient.norm() / len(x0) ** 0.5
+        for name, loss in losses.items():
+            if self.looking and loss.requires_grad:
+                (gradient,) = torch.autograd.grad(loss.sum(), x0, retain_graph=True)
+                self.extras[f"{name}_gradient_at_x0"] = gradient.norm() / len(x0) ** 0.5
 
     def write_log(self, step):
         """One line of log.jsonl: means over the steps since the line before, over all processes."""

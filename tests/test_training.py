@@ -558,12 +558,14 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, 
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     newest, before = (tmp_path / "checkpoints" / f"distill-{step:09d}" for step in (40, 30))
     tensors = next(newest.glob("*.safetensors"))
-    content = bytearray(tensors.read_bytes())
+    intact = tensors.read_bytes()
+    content = bytearray(intact)
     for damaged in (content[: len(content) // 2], content[:-8] + bytes(8)):
         tensors.write_bytes(damaged)
         done = drive_here(toy2d, *SMALL, "--out", tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert f"{newest} is damaged" in done.stderr and before.name in done.stderr
+    tensors.write_bytes(intact)
     saved = json.loads((newest / "checkpoint.json").read_text())
     del saved["crc32"]
     for damaged in ("null", "[" * 100_000, json.dumps(saved | {"updates": {}})):
