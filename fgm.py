@@ -1,15 +1,23 @@
 """Flow Generator Matching (FGM, arXiv 2410.19310): distil a flow-matching model into a one-step generator.
 
-A flow model transports noise to data along x_t = (1 - t) x0 + t noise with a velocity field u_t, and samples
-by integrating it, in about 50 network evaluations. A one-step generator x0 = g(z) induces a path and a
-velocity field v_t of its own. FGM makes v_t equal to the teacher's u_t, so that g follows the teacher's data:
+A flow model carries noise to data along x_t = (1 - t) x0 + t noise by a velocity field u, in about 50 network
+evaluations. FGM trains a generator x0 = g(z) that needs one. It is ONE functional with two players: with
+c = noise - x0 on the generator's samples and R_w = || w(x_t, t) - c ||^2, the ReFlow loss (3.6) of a field w,
 
-    minimise  E || u_t(x_t) - v_t(x_t) ||^2  over g,   with  x_t = (1 - t) g(z) + t noise         (4.1), (4.2)
+    minimise over g, maximise over v,    E[ R_u - R_v ],        u: the teacher's field, v: an online flow's.
 
-v_t is unknown and depends on g. The Flow Product Identity (4.7) removes its derivative; what remains are two
-losses, (4.6) and (4.9), whose gradients add up to that of (4.1); with an online flow v in place of v_t:
+The best v is the mean of c given x_t: the field v_t that the generator induces. There, by Pythagoras, the
+functional is E || u - v_t ||^2, the paper's objective (4.1), (4.2); any other v gives less. So its gradient
+in g at v = v_t is that of (4.1): Theorem 4.2, an envelope theorem. The paper's losses are the same:
 
-    L1 = || u - v ||^2  (4.11)       L2 = 2 <u - v, v - (noise - x0)>  (4.12)       FGM = L1 + L2  (4.10)
+    L1 = || u - v ||^2  (4.11)     L2 = 2 <u - v, v - c>  (4.12)     FGM = L1 + L2 = R_u - R_v  (4.10)
+
+A step needs nothing but the ReFlow loss; one backward pass of the flow serves both players:
+
+    x0 = g(z);  leaf = x0.detach().requires_grad_()
+    reflow_loss(flow, leaf, noise, t).mean().backward()                   # the flow's gradients, and at leaf
+    at_teacher = autograd.grad(reflow_loss(teacher, leaf, noise, t).mean(), leaf)[0]
+    x0.backward(at_teacher - leaf.grad)                                   # the generator's gradients
 
 The map, from the paper to this file:
 
@@ -19,21 +27,25 @@ The map, from the paper to this file:
     Algorithm 1                 distill             the teacher's training          train_flow
     marginal velocity (3.2)     GaussianMixture     (4.7) and Theorem 4.2 (4.8)     tests/test_theorems.py
 
-Unlike the printed Algorithm 1: t is logit-normal, as in the paper's experiments; draws are stratified or
-quasi-random; distill makes both updates of a step from the same samples (one_pass=False: in turn, as printed)
-and minimises L2 + l1_weight * L1 with l1_weight 0 by default, the paper's practice on images; 1 is (4.10).
+What the identity does not cover. L2 + l1_weight L1 = R_u - R_v + (l1_weight - 1) || u - v ||^2, so another
+l1_weight (the paper's 0 on images) is not one functional. A weight of t alone leaves the best v where it is;
+one that depends on u is a stopped gradient, of no functional. With t drawn differently for the players, each
+has its own. A GAN adds a second game. A saddle point need not be reached. (The paper has no min-max; RealUID,
+arXiv 2509.22459, has.) Unlike Algorithm 1 as printed, both players move at once, from the same samples, t is
+logit-normal, as in the paper's experiments, and draws are stratified or quasi-random.
 
 Conventions. t is float32 of shape [B] in [0, 1]; t = 0 is data, t = 1 is noise. A velocity is noise - x0, an
 Euler step from t to s is x + (s - t) v. A velocity network is any callable net(x, t, **cond) -> v with
-v.shape == x.shape, differentiable in x (no torch.no_grad inside), which it does not change in place; one that
-is trained or copied must be an nn.Module. Losses are sums over the dimensions of a sample, one value per
-sample. This file needs torch and numpy alone and can be copied elsewhere.
+v.shape == x.shape, differentiable in x (no torch.no_grad inside), which treats samples independently and does
+not change x in place; one that is trained or copied must be an nn.Module. Losses are sums over the dimensions
+of a sample, one value per sample. This file needs torch and numpy alone and can be copied elsewhere.
 """
 
 import functools
 import math
 import numbers
 import time
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 
@@ -75,10 +87,8 @@ def interpolate(x0, noise, t):
         raise InputError(f"x0 and noise differ in shape: {list(x0.shape)} and {list(noise.shape)}")
     if t.shape != x0.shape[:1]:
         raise InputError(f"t must have shape [{len(x0)}], one value per sample, got {list(t.shape)}")
-    if t.device.type == "cpu":
-        least, most = t.aminmax()
-        if not (least >= 0 and most <= 1):
-            raise InputError(f"t must lie in [0, 1], got values from {least:g} to {most:g}")
+    if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():
+        raise InputError(f"t must lie in [0, 1], got values from {t.min():g} to {t.max():g}")
     t = per_sample(t, x0)
     return (1 - t) * x0 + t * noise
 
@@ -91,14 +101,19 @@ def velocity(net, xt, t, **cond):
     return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
+def reflow_error(net, x0, noise, t, **cond):
+    """w - c, the error of a field on samples: net(x_t, t) - (noise - x0), [B, ...]; see reflow_loss."""
+    return velocity(net, interpolate(x0, noise, t), t, **cond) - (noise - x0)
+
+
 def reflow_loss(net, x0, noise, t, **cond):
-    """The ReFlow loss || net(x_t, t) - (noise - x0) ||^2 (3.6). x0, noise: [B, ...], t: [B]. Returns [B]."""
-    error = velocity(net, interpolate(x0, noise, t), t, **cond) - (noise - x0)
+    """R_w, the ReFlow loss || net(x_t, t) - (noise - x0) ||^2 (3.6). x0, noise: [B, ...], t: [B]. -> [B]."""
+    error = reflow_error(net, x0, noise, t, **cond)
     return dot(error, error)
 
 
 def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
-    """The FGM losses (4.11), (4.12). Where flow is exact, their gradients add up to that of (4.1), see (4.3).
+    """The FGM losses (4.11), (4.12); l1 + l2 is reflow_loss of teacher minus that of flow (4.10).
 
     x0 = g(z) [B, ...] carries the generator's graph; noise [B, ...] and t [B] are drawn independently of z
     (Theorem 4.1 conditions on x0 alone). Gradients reach x0 through noise - x0 and through x_t, the input of
@@ -106,25 +121,22 @@ def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
     checkpointing, call backward inside frozen(teacher, flow) as well. weight(t, u, target) -> [B] scales
     both, as a constant. Returns (l1 [B], l2 [B])."""
     with frozen(teacher, flow):
-        return all_losses(teacher, flow, x0, noise, t, weight=weight, **cond)[1:]
-
-
-def all_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
-    """(flow_loss (3.6) for a backward pass into flow; l1, l2 for one into x0), [B] each, of the same x_t."""
-    xt = interpolate(x0, noise, t)
-    u = velocity(teacher, xt, t, **cond)
-    v = velocity(flow, xt, t, **cond)
-    target = noise - x0  # u_t(x_t | x0) of (3.5), (x_t - x0) / t
-    error = v - target.detach()
-    flow_loss = dot(error, error)  # (3.6)
+        xt = interpolate(x0, noise, t)
+        u = velocity(teacher, xt, t, **cond)
+        v = velocity(flow, xt, t, **cond)
+    target = noise - x0  # c, which is u_t(x_t | x0) of (3.5), (x_t - x0) / t
     l1 = dot(u - v, u - v)  # (4.11)
     l2 = 2 * dot(u - v, v - target)  # (4.12)
-    if weight is not None:
-        w = weight(t, u.detach(), target.detach())
-        if torch.is_tensor(w) and w.dim() and w.shape != t.shape:
-            raise InputError(f"weight must return [{len(t)}], one value per sample, got {list(w.shape)}")
-        l1, l2 = w * l1, w * l2
-    return flow_loss, l1, l2
+    w = 1.0 if weight is None else weights_of(weight, t, u, target)
+    return w * l1, w * l2
+
+
+def weights_of(weight, t, u, target):
+    """weight(t, u, target) without gradients. Raises InputError unless it is a number or one per sample."""
+    w = weight(t, u.detach(), target.detach())
+    if torch.is_tensor(w) and w.dim() and w.shape != t.shape:
+        raise InputError(f"weight must return [{len(t)}], one value per sample, got {list(w.shape)}")
+    return torch.as_tensor(w, dtype=u.dtype, device=u.device).detach().expand(len(t))  # [] or [B] -> [B]
 
 
 def sid_weight(t, u, target):
@@ -263,6 +275,25 @@ guided = Guided  # the former name
 # ------------------------------------------------------------------------------------------------------------
 
 
+def refuse_reentrant_checkpoints(loop):
+    """A training loop that raises InputError for networks with torch.utils.checkpoint(use_reentrant=True): no
+    gradients at an input, and without a word none at weights where the input needs none."""
+
+    @functools.wraps(loop)
+    def watched(*networks, **settings):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
+            try:
+                return loop(*networks, **settings)
+            except (RuntimeError, UserWarning) as error:
+                if "use_reentrant=True" not in str(error) and "have requires_grad=True" not in str(error):
+                    raise
+                raise InputError("a network's activation checkpointing needs use_reentrant=False") from error
+
+    return watched
+
+
+@refuse_reentrant_checkpoints
 def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9, 0.999), eps=1e-8,
                lr_warmup=0, lr_decay=0.0, clip=None, t_flow=(0.0, 2.0), ema_decay=0.999, seed=0,
                precision="auto", compile=False, run=None):
@@ -274,140 +305,161 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
     bounds the norm of a gradient. t ~ logit-normal(*t_flow). run: what surrounds the loop. Every step seeds
     torch's default generator. Returns (net, with the moving average as its weights, seconds spent). Raises
     InputError (a ValueError) for settings outside RANGES, Diverged for a non-finite loss or gradient."""
-    settings = dict(steps=steps, batch=batch, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay, clip=clip,
-                    t_flow=t_flow, ema_decay=ema_decay, seed=seed, precision=precision)
-    check_settings(**settings)
-    settings |= dict(betas=betas, eps=eps)
-    slices = micro_batches(batch, micro_batch)
+    settings = check_settings(
+        steps=steps, batch=batch, lr=lr, betas=betas, eps=eps, lr_warmup=lr_warmup, lr_decay=lr_decay,
+        clip=clip, t_flow=t_flow, ema_decay=ema_decay, seed=seed, precision=precision)
+    passes, micro = micro_batches(batch, micro_batch)
     device = next(net.parameters()).device
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
-    learner = Learner(net, lr, betas, eps, clip, ema_decay)
+    learner, run = Learner(net, lr, betas, eps, clip, ema_decay), run or Run()
     if compile:
         net.compile()
-    run = run or Run()
     for step in run.steps("teacher", steps, {"teacher": learner}, settings):
         draws = Draws(batch, device, seed, TEACHER, step)
         t, seeds, noise, losses = draws.sample_t(*t_flow), draws.seeds(), None, []
-        for rows in slices:
-            x0, cond = data(seeds[rows])
-            noise = draws.normal(x0.shape[1:]) if noise is None else noise  # of all slices at once
+        for i in range(0, len(t), micro):
+            x0, cond = data(seeds[i : i + micro])
+            noise = draws.normal(x0.shape[1:]) if noise is None else noise  # of all micro-batches at once
             with bf16:
-                loss = reflow_loss(net, x0, noise[rows], t[rows], **cond)
-            (loss.mean() / len(slices)).backward()
+                loss = reflow_loss(net, x0, noise[i : i + micro], t[i : i + micro], **cond)
+            loss.mean().backward()
             losses.append(loss.detach())
-        gradient = learner.update(schedule(step, steps, lr_warmup, lr_decay))
-        run.log_by_t(t, torch.cat(losses))
+        gradient = learner.update(schedule(step, steps, lr_warmup, lr_decay), passes)
+        run.log_by_t(t, flow_loss=torch.cat(losses))
         run.log(flow_loss=torch.cat(losses), flow_gradient=gradient)
-    learner.swap()
+    learner.finish()
     return net, run.seconds
 
 
+@refuse_reentrant_checkpoints
 def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, conditions=None, lr=2e-5,
             flow_lr=None, betas=(0.0, 0.999), eps=1e-8, lr_warmup=0, lr_decay=0.0, clip=None,
-            t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), l1_weight=0.0, weight=None, loss_scale=1.0,
-            flow_updates=1, one_pass=True, extra=None, ema_decay=0.999, seed=0, precision="auto",
+            t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), l1_weight=1.0, weight=None, loss_scale=1.0,
+            flow_updates=1, two_graphs=False, extra=None, ema_decay=0.999, seed=0, precision="auto",
             compile=False, run=None):
     """Algorithm 1: distil teacher into generator, with the online flow `flow`.
 
     generator (a OneStepGenerator) and flow start as copies of the teacher and are changed; modules are put
     into evaluation mode. shape: that of one sample. conditions(seeds) -> cond: the conditions that int64
-    seeds [B] choose. The generator minimises loss_scale * (L2 + l1_weight * L1): l1_weight 1 is the exact
-    gradient of (4.1), 0 the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
+    seeds [B] choose. The generator minimises loss_scale * (L2 + l1_weight * L1): l1_weight 1 is R_u - R_v,
+    the exact gradient of (4.1), 0 the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
     weight(t, u, target) -> [B] scales L1 and L2 as a constant; if of t alone, the gradient stays exact.
-    t ~ logit-normal(*t_generator) in the FGM loss, (*t_flow) in the flow's. flow_lr None: lr. flow_updates:
-    per step. one_pass: the last of them and the generator's share their samples, of which v has not learned
-    yet, and x_t and v, too, where t_flow equals t_generator. In forward passes (backward: 1 to an input, 2 to
-    weights, too) a step then costs 9, with different t 10, without one_pass 11. extra: an nn.Module with
-    flow_loss(flow, x0, seeds, cond) and generator_loss(flow, x0, seeds, cond), [B] each, added to the two
-    losses (loss_scale scales the latter, too), which trains with the flow (the GAN of appendix B.2).
+    t ~ logit-normal(*t_generator) in the generator's loss, (*t_flow) in the flow's. flow_lr None: lr.
+    flow_updates: per step, each on fresh samples but the last, which shares those of the generator. extra: an
+    nn.Module with flow_loss(flow, x0, seeds, cond), called right after the flow's own pass, and
+    generator_loss(flow, x0, seeds, cond), [B] each, added to the two losses (loss_scale scales the latter,
+    too), which trains with the flow (the GAN of appendix B.2).
+    In forward passes (backward: 1 to an input, 2 to weights, too) a step costs 8; with another l1_weight 9,
+    or 10 with two_graphs, which then never holds the graphs of teacher and flow together; 2 more where the
+    players have different t, or with extra, besides its own.
     Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
     flow_lr, t_flow, t_generator = lr if flow_lr is None else flow_lr, tuple(t_flow), tuple(t_generator)
-    settings = dict(steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
-                    clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
-                    loss_scale=loss_scale, flow_updates=flow_updates, ema_decay=ema_decay, seed=seed,
-                    precision=precision, **generator.coefficients())
-    check_settings(**settings)
+    settings = check_settings(
+        steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, betas=betas, eps=eps, lr_warmup=lr_warmup,
+        lr_decay=lr_decay, clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
+        weight=weight, loss_scale=loss_scale, flow_updates=flow_updates, two_graphs=two_graphs,
+        ema_decay=ema_decay, seed=seed, precision=precision, shape=list(shape), **generator.coefficients())
     check_apart(teacher=teacher, generator=generator, flow=flow)
-    settings |= dict(betas=betas, eps=eps, weight=weight, one_pass=one_pass, shape=list(shape))
-    slices = micro_batches(batch, micro_batch)
+    passes, micro = micro_batches(batch, micro_batch)
     device = next(generator.parameters()).device
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
     conditions, run = conditions or (lambda seeds: {}), run or Run()
-    shared = one_pass and t_flow == t_generator
-    learners = {"generator": Learner(generator, lr, betas, eps, clip, ema_decay)}
+    shared = t_flow == t_generator and extra is None  # one pass of the flow serves both players
     followers = {"flow": flow} if extra is None else {"flow": flow, "extra": extra}
-    learners |= {name: Learner(net, flow_lr, betas, eps, clip) for name, net in followers.items()}
+    learners = {name: Learner(net, flow_lr, betas, eps, clip) for name, net in followers.items()}
+    learners["generator"] = Learner(generator, lr, betas, eps, clip, ema_decay)
     for net in (teacher, generator.net, flow):
         if isinstance(net, nn.Module):
             net.eval()  # no dropout in Algorithm 1
             if compile:
                 net.compile()
-                torch._functorch.config.donated_buffer = False  # a graph is differentiated more than once
-
-    def in_slices(*drawn):
-        return ([values[rows] for values in drawn] for rows in slices)
-
-    def learn_flow(x0, noise, t, seeds, cond, flow_loss=None):
-        """Backward into the flow: (3.6), from a pass of its own or from one shared with the generator."""
-        with bf16:
-            loss = reflow_loss(flow, x0, noise, t, **cond) if flow_loss is None else flow_loss
-            losses["flow_loss"].append(loss.detach())
-            run.log_by_t(t, loss.detach())
-            if extra is not None:
-                extra_loss = extra.flow_loss(flow, x0, seeds, cond)
-                losses["extra_flow_loss"].append(extra_loss.detach())
-                loss = loss + extra_loss
-        (loss.mean() / len(slices)).backward(retain_graph=flow_loss is not None)
-
-    def learn_generator(x0, noise, t, seeds, cond):
-        """Backward into the generator, by way of x0: L2 (4.12) + l1_weight * L1 (4.11)."""
-        leaf = x0.detach().requires_grad_()  # the graphs of teacher and flow end here
-        with frozen(teacher, *(() if shared else followers.values())):
-            with bf16:
-                flow_loss, l1, l2 = all_losses(teacher, flow, leaf, noise, t, weight=weight, **cond)
-            if shared:
-                learn_flow(x0.detach(), noise, t, seeds, cond, flow_loss)
-            terms = {"l1": l1, "l2": l2}
-            loss = l2 + l1_weight * l1
-            if extra is not None:
-                with bf16:
-                    terms["extra"] = extra.generator_loss(flow, leaf, seeds, cond)
-                loss = loss + terms["extra"]
-            run.look_at(leaf, **terms)
-            (at_x0,) = torch.autograd.grad(loss_scale * loss.mean() / len(slices), leaf)
-        for name, term in terms.items():
-            losses[name].append(term.detach())
-        x0.backward(at_x0)
+                torch._functorch.config.donated_buffer = False  # a graph may be differentiated twice
 
     for step in run.steps("distill", steps, learners, settings):
         lr_factor = schedule(step, steps, lr_warmup, lr_decay)
-        losses, gradients = defaultdict(list), {}
-
-        # "Freeze theta, update psi": the flow, by (3.6), on fresh samples. one_pass: the last time is below.
-        for k in range(flow_updates - 1 if one_pass else flow_updates):
-            draws = Draws(batch, device, seed, ONLINE_FLOW, step, k)
-            for z, noise, t, seeds in in_slices(*draws.for_update(shape, *t_flow)):
-                cond = conditions(seeds)
-                with bf16, torch.no_grad():
+        for k in range(flow_updates):
+            both = k == flow_updates - 1  # the flow learns from all samples, the generator from the last
+            draws, found = Draws(batch, device, seed, DISTILLATION, step, k), defaultdict(list)
+            z, noise, t, seeds = draws.for_update(shape, *(t_generator if both else t_flow))
+            drawn = z, noise, t, draws.sample_t(*t_flow) if both and not shared else t, seeds
+            for z, noise, t, t_of_flow, seeds in zip(*(values.split(micro) for values in drawn), strict=True):
+                cond, terms = conditions(seeds), {}
+                with bf16, torch.set_grad_enabled(both):
                     x0 = generator(z, **cond)
-                learn_flow(x0, noise, t, seeds, cond)
-            gradients = {f"{name}_gradient": learners[name].update(lr_factor) for name in followers}
-
-        # "Freeze psi, update theta": the generator, by (4.10). one_pass: the flow, too, on the same samples.
-        draws = Draws(batch, device, seed, GENERATOR, step)
-        drawn = draws.for_update(shape, *t_generator)
-        for z, noise, t, seeds, t_of_flow in in_slices(*drawn, draws.sample_t(*t_flow)):
-            cond = conditions(seeds)
-            with bf16:
-                x0 = generator(z, **cond)
-            if one_pass and not shared:
-                learn_flow(x0.detach(), noise, t_of_flow, seeds, cond)
-            learn_generator(x0, noise, t, seeds, cond)
-        for name in learners if one_pass else ["generator"]:
-            gradients[f"{name}_gradient"] = learners[name].update(lr_factor)
-        run.log(**{name: torch.cat(values) for name, values in losses.items()}, **gradients)
-    learners["generator"].swap()
+                if not (both and shared):  # "freeze theta, update psi", in a pass of its own
+                    terms = learn_flow(flow, extra, x0.detach(), noise, t_of_flow, seeds, cond, bf16)
+                if both:  # "freeze psi, update theta"
+                    at_x0, more = functional_gradient(
+                        teacher, flow, x0, noise, t, cond, bf16, l1_weight, weight, two_graphs, learn=shared)
+                    terms = more | terms
+                    if extra is not None:
+                        extra_at_x0, terms["extra"] = extra_gradient(extra, flow, x0, seeds, cond, bf16)
+                        at_x0 += extra_at_x0
+                    x0.backward(loss_scale * at_x0)
+                    run.log_by_t(t, distance=terms["distance"])
+                run.log_by_t(t_of_flow, flow_loss=terms["flow_loss"])
+                for name, term in terms.items():
+                    found[name].append(term)
+            gradients = {f"{name}_gradient": learners[name].update(lr_factor, passes)
+                         for name in (learners if both else followers)}
+        run.log(**{name: torch.cat(terms) for name, terms in found.items()}, **gradients)
+    for learner in learners.values():
+        learner.finish()
     return generator, run.seconds
+
+
+def learn_flow(flow, extra, x0, noise, t, seeds, cond, bf16):
+    """A backward pass of mean R_v (3.6), and of extra's loss, into flow and extra. x0: [B, ...], detached.
+
+    Returns the losses, {name: [B]}."""
+    with bf16:
+        losses = {"flow_loss": reflow_loss(flow, x0, noise, t, **cond)}
+        if extra is not None:
+            losses["extra_flow_loss"] = extra.flow_loss(flow, x0, seeds, cond)
+    sum(losses.values()).mean().backward()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def functional_gradient(teacher, flow, x0, noise, t, cond, bf16, l1_weight, weight, two_graphs, learn):
+    """The gradient at x0 [B, ...] of the mean of weight * (R_u - R_v + (l1_weight - 1) || u - v ||^2).
+
+    learn: the flow's own, of mean R_v, is added to its parameters' by the same backward pass. The graphs of
+    teacher and flow live together only for another l1_weight than 1 without two_graphs. Returns the gradient,
+    and, unweighted, {"flow_loss": R_v, "distance": R_u - R_v, "l1": L1}, [B] each."""
+    leaf, excess = x0.detach().requires_grad_(), 2 * (l1_weight - 1)
+    with frozen(teacher, None if learn else flow):
+        with bf16:
+            v_error = reflow_error(flow, leaf, noise, t, **cond)  # v - c
+        flow_loss = dot(v_error, v_error)  # R_v
+        flow_loss.mean().backward(retain_graph=excess != 0 and not two_graphs)
+        flow_at_x0, leaf.grad = leaf.grad, None
+
+        with bf16:
+            u_error = reflow_error(teacher, leaf, noise, t, **cond)  # u - c
+        gap = (u_error - v_error).detach()  # u - v
+        loss = dot(u_error, u_error) + excess * dot(gap, u_error)  # R_u, and u's part of || u - v ||^2
+        (teacher_at_x0,) = torch.autograd.grad(loss.mean(), leaf)
+
+        if excess:  # v's part of || u - v ||^2
+            if two_graphs:
+                with bf16:
+                    v_error = reflow_error(flow, leaf, noise, t, **cond)
+            flow_at_x0 += torch.autograd.grad(excess * dot(gap, v_error).mean(), leaf)[0]
+    at_x0, u_error, v_error = teacher_at_x0 - flow_at_x0, u_error.detach(), v_error.detach()
+    if weight is not None:
+        target = noise - leaf.detach()
+        at_x0 *= per_sample(weights_of(weight, t, u_error + target, target), at_x0)
+    distance = dot(gap, u_error + v_error)  # R_u - R_v = <u - v, (u - c) + (v - c)>
+    return at_x0, {"flow_loss": flow_loss.detach(), "distance": distance, "l1": dot(gap, gap)}
+
+
+def extra_gradient(extra, flow, x0, seeds, cond, bf16):
+    """The gradient at x0 [B, ...] of mean extra.generator_loss, and that loss, [B]."""
+    leaf = x0.detach().requires_grad_()
+    with frozen(flow, extra):
+        with bf16:
+            loss = extra.generator_loss(flow, leaf, seeds, cond)
+        return torch.autograd.grad(loss.mean(), leaf)[0], loss.detach()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -444,8 +496,10 @@ def check_setting(name, value, allowed, whole=False):
 
 
 def check_settings(**settings):
-    for name, value in settings.items():
-        check_setting(name, value, RANGES[name], name in WHOLE_NUMBERS)
+    """The settings, of which those in RANGES are checked."""
+    for name in settings.keys() & RANGES.keys():
+        check_setting(name, settings[name], RANGES[name], name in WHOLE_NUMBERS)
+    return settings
 
 
 def check_apart(**nets):
@@ -478,17 +532,17 @@ def wants_bf16(precision, device):
 
 
 def micro_batches(batch, micro_batch=None):
-    """The slices of this process's share of a batch, which is micro-batch x accumulation x processes."""
+    """(passes, micro-batch): batch is micro-batch x accumulation x processes. Raises InputError if not."""
     check_settings(batch=batch, micro_batch=micro_batch)
     share, rest = divmod(batch, world_size())
     micro = micro_batch or max(share, 1)
     if rest or share % micro:
         raise InputError(f"the global batch {batch} is not micro-batch x accumulation x processes "
                          f"with micro-batch {micro} and {world_size()} processes")
-    return [slice(i, i + micro) for i in range(0, share, micro)]
+    return share // micro, micro
 
 
-TEACHER, ONLINE_FLOW, GENERATOR, SCORES = 0, 1, 2, 9  # what a draw is for, the second entry of its key
+TEACHER, DISTILLATION, SCORES = 0, 2, 9  # what a draw is for, the second entry of its key
 
 
 @functools.cache
@@ -547,7 +601,9 @@ def schedule(step, steps, warmup, decay):
 
 
 class Learner:
-    """A module's trainable parameters with Adam and, given an ema_decay, their moving average (EMA)."""
+    """A module's trainable parameters with Adam and, given an ema_decay, their moving average (EMA).
+
+    All processes start from the first one's weights, and average their gradients."""
 
     def __init__(self, module, lr, betas, eps, clip=None, ema_decay=None):
         self.module, self.lr, self.betas, self.clip, self.ema_decay = module, lr, betas, clip, ema_decay
@@ -555,38 +611,43 @@ class Learner:
         if {p.dtype for p in self.parameters.values()} not in ({torch.float32}, {torch.float64}):
             raise InputError(f"a network in training, a {type(module).__name__} here, needs trainable "
                              "parameters, all in float32: bfloat16 weights would not move at such rates")
+        if world_size() > 1:
+            for value in module.state_dict().values():
+                if not hasattr(value, "full_tensor"):  # not sharded
+                    dist.broadcast(value, 0)
         self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, eps=eps, fused=True)
-        kinds = ("exp_avg", "exp_avg_sq") if betas[0] else ("exp_avg_sq",)  # Adam's moments, by torch's names
         for p in self.parameters.values():
-            self.adam.state[p] = {"step": torch.zeros((), device=p.device)}
-            self.adam.state[p] |= {kind: torch.zeros_like(p) for kind in kinds}
+            p.grad = torch.zeros_like(p)
+            # Without momentum the first moment is the gradient itself, and needs no memory of its own.
+            first = torch.zeros_like(p) if betas[0] else p.grad
+            zero = torch.zeros((), device=p.device)
+            self.adam.state[p] = {"step": zero, "exp_avg": first, "exp_avg_sq": torch.zeros_like(p)}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if ema_decay else {}
         self.updates = 0
 
-    def update(self, lr_factor):
-        """One Adam step at lr_factor * lr, then the average. Returns the gradient norm before clipping."""
+    def update(self, lr_factor, passes):
+        """One Adam step at lr_factor * lr by the mean gradient of so many backward passes of every process,
+        then the moving average. Returns the gradient's norm before clipping."""
         for group in self.adam.param_groups:
             group["lr"] = lr_factor * self.lr
-        for p in self.parameters.values():
-            if p.grad is None:  # Adam is to count the same number of steps for all, as a checkpoint does
-                p.grad = torch.zeros_like(p)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values()])
+        gradients = [p.grad for p in self.parameters.values()]
+        average(gradients, passes)
+        norm = nn.utils.get_total_norm(gradients)
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
-        if not self.betas[0]:  # the first moment is the gradient itself and needs no memory of its own
-            for p, state in self.adam.state.items():
-                state["exp_avg"] = p.grad
         self.adam.step()
-        if not self.betas[0]:
-            for state in self.adam.state.values():
-                del state["exp_avg"]
-        self.adam.zero_grad()
+        self.adam.zero_grad(set_to_none=False)
         self.updates += 1
         if self.ema:
             decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
             weights = [p.detach() for p in self.parameters.values()]
             torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
         return gathered(norm)
+
+    def finish(self):
+        """The moving average as weights, and no gradients."""
+        self.swap()
+        self.module.zero_grad()
 
     @torch.no_grad()
     def swap(self):
@@ -595,6 +656,19 @@ class Learner:
             held = self.parameters[name].clone()
             self.parameters[name].copy_(average)
             average.copy_(held)
+
+
+def average(gradients, passes):
+    """Divide summed gradients by the number of passes, and average them over the processes, in one message;
+    of sharded ones (FSDP2) each process holds its part of the average."""
+    if passes > 1:
+        torch._foreach_div_(gradients, passes)
+    replicas = [gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]
+    if world_size() > 1 and replicas:
+        whole = torch.cat([gradient.flatten() for gradient in replicas])
+        dist.all_reduce(whole)
+        parts = (whole / world_size()).split([gradient.numel() for gradient in replicas])
+        torch._foreach_copy_(replicas, [part.view_as(g) for part, g in zip(parts, replicas, strict=True)])
 
 
 class Run:
@@ -613,11 +687,8 @@ class Run:
             if not value.isfinite().all():
                 raise Diverged(f"{self.phase} diverged: {name} is not finite at step {self.step}")
 
-    def log_by_t(self, t, loss):
-        """A loss [B] at the times t [B]."""
-
-    def look_at(self, x0, **losses):
-        """Losses [B] of x0 whose graphs are still there, for measurements that the log wants."""
+    def log_by_t(self, t, **losses):
+        """Losses [B] at the times t [B]."""
 
 
 # ------------------------------------------------------------------------------------------------------------

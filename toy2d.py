@@ -112,7 +112,7 @@ def energy_distance(x, y, directions=32):
 DEFAULTS = dict(
     teacher_steps=3000, teacher_lr=4e-3, teacher_t=(0.0, 1.2), steps=5000, batch=768, lr=1e-3, flow_lr=4e-3,
     lr_warmup=100, lr_decay=2 / 3, clip=1.0, ema=0.998, t_star=0.5, c_in=1.0, c_skip=1.0, l1_weight=1.0,
-    weight="noise", t_generator=(0.5, 2.0), t_flow=(0.5, 2.0), loss_scale=1.0, flow_updates=1, one_pass=True,
+    weight="noise", t_generator=(0.5, 2.0), t_flow=(0.5, 2.0), loss_scale=1.0, flow_updates=1,
     samples=50_000, save_every=1000, log_every=100, picture_every=500,
 )
 FLAGS = {

@@ -58,15 +58,14 @@ DISTILLATION_FLAGS = {
     "c_skip": Setting(float, RANGES["c_skip"], "c_skip of the generator, eq. (B.1)"),
     "c_out": Setting(float, RANGES["c_out"], "c_out of the generator, eq. (B.1) (default: t*)"),
     "l1_weight": Setting(float, RANGES["l1_weight"],
-                         "1: exact gradient (4.10); 0: as the paper does on images; -0.4: SiD's alpha 1.2"),
+                         "1: exact gradient (4.10), cheapest; 0: the paper's, images; -0.4: SiD's alpha 1.2"),
     "weight": Setting(str, list(fgm.WEIGHTS), "per sample, of the FGM loss; sid: arXiv 2404.04057, eq. 24"),
     "t_generator": Setting(float, RANGES["t_generator"], "logit-normal of t, FGM loss", 2, ("MEAN", "STD")),
     "t_flow": Setting(float, RANGES["t_flow"], "logit-normal of t in the losses of flow and GAN",
                       2, ("MEAN", "STD")),
     "loss_scale": Setting(float, RANGES["loss_scale"], "factor of the generator's loss"),
     "flow_updates": Setting(int, RANGES["flow_updates"], "updates of the online flow per generator update"),
-    "one_pass": Setting(argparse.BooleanOptionalAction, None,
-                        "both networks learn from the same samples, at fewer passes a step"),
+    "two_graphs": Setting(bool, None, "less memory where --l1-weight is not 1, for one more pass"),
 }
 TEACHER_FLAGS = {
     "teacher_lr": Setting(float, fgm.POSITIVE, "learning rate of the teacher"),
@@ -157,4 +156,4 @@ def distillation_settings(args, steps):
     return training_settings(args) | dict(
         steps=steps, lr=args.lr, flow_lr=args.flow_lr, ema_decay=args.ema, l1_weight=args.l1_weight,
         t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), weight=fgm.WEIGHTS[args.weight],
-        loss_scale=args.loss_scale, flow_updates=args.flow_updates, one_pass=args.one_pass)
+        loss_scale=args.loss_scale, flow_updates=args.flow_updates, two_graphs=args.two_graphs)

@@ -1,8 +1,9 @@
-"""One pass for both updates moves every weight as separate passes on the same draws do."""
+"""One step: it moves every weight as separate passes on the same draws do, at the cost that is stated."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fgm
 import toy2d
@@ -47,9 +48,10 @@ def separate_gradients(l1_weight, weight, t_generator, t_flow, use_extra, loss_s
     """By two passes of the generator and of the flow, from the public losses alone."""
     teacher, net, flow, critic = networks()
     generator = fgm.OneStepGenerator(net, 0.6)
-    draws = fgm.Draws(12, "cpu", 0, fgm.GENERATOR, 0)
+    draws = fgm.Draws(12, "cpu", 0, fgm.DISTILLATION, 0, 0)
     z, noise, t, seeds = draws.for_update((2,), *t_generator)
-    t_of_flow = t if t_flow == t_generator else draws.sample_t(*t_flow)
+    shared = t_flow == t_generator and not use_extra
+    t_of_flow = t if shared else draws.sample_t(*t_flow)
     cond = conditions(seeds)
     with torch.no_grad():
         x0 = generator(z, **cond)
@@ -72,8 +74,10 @@ def separate_gradients(l1_weight, weight, t_generator, t_flow, use_extra, loss_s
 @pytest.mark.parametrize("weight", ["none", "sid", "noise"])
 @pytest.mark.parametrize("t_flow", [(0.5, 2.0), (-1.0, 2.0)])
 @pytest.mark.parametrize("use_extra", [False, True])
-def test_one_pass_moves_the_weights_as_separate_passes(micro_batch, weight, t_flow, use_extra):
-    settings = dict(l1_weight=-0.4, weight=fgm.WEIGHTS[weight], t_generator=(0.5, 2.0), t_flow=t_flow,
+@pytest.mark.parametrize("l1_weight, two_graphs", [(1.0, False), (-0.4, False), (-0.4, True)])
+def test_one_pass_moves_the_weights_as_separate_passes(
+        micro_batch, weight, t_flow, use_extra, l1_weight, two_graphs):
+    settings = dict(l1_weight=l1_weight, weight=fgm.WEIGHTS[weight], t_generator=(0.5, 2.0), t_flow=t_flow,
                     loss_scale=3.0)
     teacher, net, flow, critic = networks()
     nets = [net, flow, critic] if use_extra else [net, flow]
@@ -81,9 +85,88 @@ def test_one_pass_moves_the_weights_as_separate_passes(micro_batch, weight, t_fl
     fgm.distill(
         teacher, fgm.OneStepGenerator(net, 0.6), flow, (2,), steps=1, batch=12, micro_batch=micro_batch,
         lr=SCALE, eps=SCALE, conditions=conditions, extra=critic if use_extra else None, ema_decay=None,
-        **settings)
+        two_graphs=two_graphs, **settings)
     expected = separate_gradients(use_extra=use_extra, **settings)
     for one, start, gradient in zip(nets, before, expected, strict=True):
         moved = torch.cat([p.detach().flatten() for p in one.parameters()]) - start
         assert gradient.norm() > 0.1
         assert (moved + gradient).norm() < 1e-6 * gradient.norm()
+        assert all(p.grad is None for p in one.parameters())
+
+
+class Checkpointed(torch.nn.Module):
+    """A network that recomputes its activations in the backward pass."""
+
+    def __init__(self, net, use_reentrant):
+        super().__init__()
+        self.net, self.use_reentrant = net, use_reentrant
+
+    def forward(self, x, t, shift):
+        return checkpoint(self.net, x, t, shift, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("more", [
+    dict(), dict(l1_weight=-0.4), dict(l1_weight=-0.4, two_graphs=True), dict(t_flow=(-1.0, 2.0)),
+    dict(t_flow=(-1.0, 2.0), l1_weight=0.0), dict(flow_updates=2, micro_batch=4)])
+def test_networks_with_activation_checkpointing_of_their_own(more):
+    """The same weights as without. Reentrant checkpointing, which gives no gradients at an input, and none at
+    all where the input needs none, is refused for any network that would lose by it."""
+
+    def trained(*use_reentrant):
+        teacher, net, flow, _ = networks()
+        nets = [net if use is None else Checkpointed(net, use)
+                for net, use in zip((teacher, net, flow), use_reentrant, strict=True)]
+        generator = fgm.OneStepGenerator(nets[1], 0.6)
+        fgm.distill(nets[0], generator, nets[2], (2,), steps=2, batch=12, conditions=conditions, **more)
+        return torch.cat([p.detach().flatten() for p in generator.parameters()])
+
+    assert torch.equal(trained(None, None, None), trained(False, False, False))
+    for use_reentrant in [(True, None, None), (None, True, None), (True, True, True)]:
+        with pytest.raises(fgm.InputError, match="needs use_reentrant=False"):
+            trained(*use_reentrant)
+
+
+def test_teachers_checkpointing_and_other_errors():
+    _, net, _, _ = networks()
+    data = torch.randn(12, 2)
+
+    def train(net, shift):
+        fgm.train_flow(net, lambda seeds: (data, {"shift": shift}), steps=1, batch=12)
+
+    with pytest.raises(fgm.InputError, match="needs use_reentrant=False"):
+        train(Checkpointed(net, True), torch.zeros(12, 1))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        train(net, torch.zeros(5, 1))
+
+
+class Counting(toy2d.VelocityMLP):
+    """Counts the samples of its passes, forward and backward."""
+
+    def __init__(self):
+        super().__init__(width=8, depth=1)
+        self.forwards, self.backwards = 0, 0
+
+    def forward(self, x, t):
+        self.forwards += len(x)
+        v = super().forward(x, t)
+        if v.requires_grad:
+            v.register_hook(self.back)
+        return v
+
+    def back(self, at_output):
+        self.backwards += len(at_output)
+
+
+@pytest.mark.parametrize("more, passes", [
+    (dict(), [(1, 1), (1, 1), (1, 1)]),  # 8 units: a backward pass is 1 for the teacher, 2 for the others
+    (dict(l1_weight=0.0), [(1, 1), (1, 1), (1, 2)]),  # 9
+    (dict(l1_weight=0.0, two_graphs=True), [(1, 1), (1, 1), (2, 2)]),  # 10
+    (dict(t_flow=(-1.0, 2.0)), [(1, 1), (1, 1), (2, 2)]),  # 10
+    (dict(flow_updates=3), [(1, 1), (3, 1), (3, 3)]),
+])
+def test_passes_of_a_step(more, passes):
+    """(forward, backward) passes of teacher, generator and flow in one step."""
+    nets = [Counting() for _ in range(3)]
+    teacher, net, flow = nets
+    fgm.distill(teacher, fgm.OneStepGenerator(net, 0.6), flow, (2,), steps=1, batch=12, micro_batch=4, **more)
+    assert [(net.forwards / 12, net.backwards / 12) for net in nets] == passes

@@ -4,6 +4,8 @@ z takes K fixed codes with equal weight, so for any generator g the induced path
 mixture with means (1 - t) g(z_k) and covariance t^2 I, and its velocity v is known in closed form, with
 gradients. The path noise is integrated by tensor Gauss-Hermite nodes."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,84 @@ def detached_input(teacher, flow, x0, noise, t):
 @pytest.mark.parametrize("mutant", [wrong_sign, wrong_factor, detached_target, detached_input])
 def test_a_wrong_loss_is_noticed(mutant):
     assert relative_error(make_generator(0), make_target(10), 0.5, mutant) > 1e-2
+
+
+def four_lines(teacher, flow, x0, noise, t):
+    """R_u - R_v, the functional that the head of fgm.py states."""
+    return fgm.reflow_loss(teacher, x0, noise, t) - fgm.reflow_loss(flow, x0, noise, t)
+
+
+def players_swapped(teacher, flow, x0, noise, t):
+    return four_lines(flow, teacher, x0, noise, t)
+
+
+@pytest.mark.parametrize("t", [0.3, 0.9])
+def test_theorem_4_2_is_the_envelope_theorem_of_the_functional(t):
+    """At the best v, the gradient of E[R_u - R_v] with v held fixed is that of (4.1)."""
+    assert relative_error(make_generator(0), make_target(10), t, four_lines) < 1e-10
+    assert relative_error(make_generator(0), make_target(10), t, players_swapped) > 1
+
+
+def pairs_at(seed, n=256):
+    random = torch.Generator().manual_seed(seed)
+    x0, noise = (torch.randn(n, D, dtype=torch.float64, generator=random) for _ in range(2))
+    return x0.requires_grad_(), noise, 0.05 + 0.9 * torch.rand(n, dtype=torch.float64, generator=random)
+
+
+def test_l1_plus_l2_is_one_functional():
+    """L1 + L2 = R_u - R_v (4.10) for any u and v: per sample, and in the gradient at x0."""
+    x0, noise, t = pairs_at(0)
+    teacher, flow = make_target(1).velocity, make_target(2).velocity
+    fgm_loss = sum(fgm.fgm_losses(teacher, flow, x0, noise, t))
+    functional = four_lines(teacher, flow, x0, noise, t)
+    torch.testing.assert_close(fgm_loss, functional, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(loss.sum(), x0)[0] for loss in (fgm_loss, functional)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    assert gradients[0].norm() > 1
+
+
+@pytest.mark.parametrize("two_graphs", [False, True])
+@pytest.mark.parametrize("weight", [None, fgm.sid_weight, fgm.noise_weight])
+@pytest.mark.parametrize("l1_weight", [1.0, 0.0, -0.4, 3.0])
+def test_functional_gradient_is_that_of_the_papers_losses(l1_weight, weight, two_graphs):
+    """For any l1_weight, by two passes one after the other, L2 + l1_weight L1 has the gradient that autograd
+    finds for (4.11) and (4.12) in one graph; and what is logged is R_v, R_u - R_v, L1."""
+    x0, noise, t = pairs_at(1)
+    teacher, flow = make_target(1).velocity, make_target(2).velocity
+    l1, l2 = fgm.fgm_losses(teacher, flow, x0, noise, t, weight=weight)
+    (expected,) = torch.autograd.grad((l2 + l1_weight * l1).mean(), x0)
+    found, terms = fgm.functional_gradient(
+        teacher, flow, x0, noise, t, {}, nullcontext(), l1_weight, weight, two_graphs, learn=True)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    l1, l2 = fgm.fgm_losses(teacher, flow, x0, noise, t)
+    expected = {"flow_loss": fgm.reflow_loss(flow, x0, noise, t), "distance": l1 + l2, "l1": l1}
+    torch.testing.assert_close(terms, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("t", [0.3, 0.6, 0.9])
+def test_the_functional_is_below_4_1_and_equal_at_its_maximum(t):
+    """E[R_u - R_v] is (4.1) at v = v_t, and less by E || v - v_t ||^2 for any other v (Pythagoras)."""
+    torch.manual_seed(3)
+    x0, target = make_generator(0)(torch.randn(K, D, dtype=torch.float64)).detach(), make_target(10)
+    noise, weights = nodes()
+    x0_, noise_ = every_pair(x0, noise)
+    weights, times = weights.repeat(K) / K, torch.full((len(noise_),), t, dtype=torch.float64)
+    xt, best = fgm.interpolate(x0_, noise_, times), induced(x0)
+
+    def mean_square(first, second):
+        gap = first(xt, times) - second(xt, times)
+        return (weights * fgm.dot(gap, gap)).sum()
+
+    def functional(flow):
+        return (weights * four_lines(target.velocity, flow, x0_, noise_, times)).sum()
+
+    distance = mean_square(target.velocity, best)
+    torch.testing.assert_close(functional(best), distance, rtol=1e-9, atol=0)
+    shifted = fgm.GaussianMixture(torch.ones(K), x0 + 0.1, torch.zeros(K, D, D)).velocity
+    for other in (make_target(2).velocity, target.velocity, shifted):
+        lag = mean_square(best, other)
+        assert lag > 1e-3
+        torch.testing.assert_close(functional(other), distance - lag, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("t", [0.3, 0.6, 0.9])
