@@ -18,7 +18,7 @@ import torch
 
 from fgm import InputError, gathered, process_rank
 
-FILE_BYTES = 1e9  # of tensors in a file, which are in host memory while it is written
+FILE_BYTES = 1e9  # of tensors in a file: they, and then its content, are whole in host memory
 
 
 def described(value):
@@ -48,8 +48,9 @@ def state_tensors(learners):
         state |= {f"{name}.buffer.{key}": value for key, value in learner.module.named_buffers()}
         for key, p in learner.parameters.items():
             state[f"{name}.parameter.{key}"] = p.detach()
-            moments = {kind: value for kind, value in learner.adam.state[p].items() if kind != "step"}
-            state |= {f"{name}.{kind}.{key}": value for kind, value in moments.items()}
+            for kind, moment in learner.adam.state[p].items():
+                if kind != "step" and moment is not p.grad:
+                    state[f"{name}.{kind}.{key}"] = moment
     return state
 
 
@@ -81,7 +82,7 @@ def save(folder, phase, step, learners, settings, seconds):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             (temporary / "checkpoint.json").write_text(json.dumps(content, indent=1) + "\n")
-        save_tensors(state_tensors(learners), temporary)
+        write_tensors(state_tensors(learners), temporary)
         if process_rank() == 0:
             (temporary / "checksum").write_text(checksum(temporary))
             shutil.rmtree(target, ignore_errors=True)
@@ -97,17 +98,17 @@ def save(folder, phase, step, learners, settings, seconds):
     return target
 
 
-def save_tensors(state, folder):
+def write_tensors(state, folder):
     """Write the whole of tensors that may be sharded as folder/NUMBER.safetensors. A collective call."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
 
     part, number, last = {}, 1, list(state)[-1]
     for name, tensor in state.items():
         whole = gathered(tensor)
         if process_rank() == 0:
-            part[name] = whole.to("cpu", copy=True).contiguous()  # tied weights, which share memory, are refused
+            part[name] = whole.to("cpu", copy=True).contiguous()  # a copy: they must not share memory
             if name == last or sum(value.nbytes for value in part.values()) >= FILE_BYTES:
-                save_file(part, folder / f"{number:05d}.safetensors")
+                (folder / f"{number:05d}.safetensors").write_bytes(to_bytes(part))
                 part, number = {}, number + 1
 
 
@@ -138,7 +139,7 @@ def load(folder, phase, learners, settings, resume):
     if changed and process_rank() == 0:
         print(f"resuming {phase} with changed settings: {changed}")
     try:
-        load_tensors(state_tensors(learners), newest)
+        read_tensors(state_tensors(learners), newest)
     except Exception as error:  # safetensors raises what it likes; whatever it was, this cannot be used
         raise InputError(f"{refusal} ({error})") from error
     for name, learner in learners.items():
@@ -148,8 +149,8 @@ def load(folder, phase, learners, settings, resume):
     return step, seconds
 
 
-def load_tensors(state, folder):
-    """Read what save_tensors wrote into tensors that may be sharded. Changes nothing unless all will fit."""
+def read_tensors(state, folder):
+    """Read what write_tensors wrote into tensors that may be sharded. Changes nothing unless all will fit."""
     from safetensors import safe_open
 
     with ExitStack() as stack:

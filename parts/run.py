@@ -4,10 +4,7 @@ Nothing here knows what is trained. FolderRun is the object that fgm.train_flow 
 """
 
 import contextlib
-import errno
-import itertools
 import json
-import math
 import os
 import platform
 import shutil
@@ -16,7 +13,6 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +24,8 @@ import fgm
 from fgm import Diverged, InputError, gathered, process_rank, world_size
 from parts import checkpoint, progress
 from parts.bars import bar
+from parts.files import atomically, finite, lock, open_folder, save_tensors, write_json
+from parts.processes import first_process, wait_for_first
 
 # ------------------------------------------------------------------------------------------------------------
 # A command
@@ -121,41 +119,6 @@ def setup(device=None):
     return device
 
 
-WAITS = itertools.count()  # numbers the calls of wait_for_first, which are the same on all processes
-
-
-def wait_for_first(fault=None):
-    """Wait until the first process comes here too, hours if need be. A collective call.
-
-    Raises InputError on the others if the first process, which never waits, comes with a fault."""
-    if world_size() == 1:
-        return
-    store, key = dist.distributed_c10d._get_default_store(), f"wait-for-first-{next(WAITS)}"
-    if process_rank() == 0:
-        store.set(key, fault or "")
-        return
-    while not store.check([key]):
-        time.sleep(0.1)
-    fault = store.get(key).decode()
-    if fault:
-        raise InputError(fault)
-
-
-def first_process(work):
-    """work() on the first process, however long it takes; its InputError is raised on all. A collective call.
-
-    Returns what work does on the first process, None on the others."""
-    result = None
-    if process_rank() == 0:
-        try:
-            result = work()
-        except (InputError, OSError) as error:
-            wait_for_first(str(error))
-            raise InputError(str(error)) from error
-    wait_for_first()
-    return result
-
-
 GATHERED_WHOLE = 1e9  # bytes of weights; below, every process keeps them all
 
 
@@ -193,54 +156,8 @@ def noise_from(seeds, shape, device):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files: written atomically, read without executing anything
+# What a run writes and reads
 # ------------------------------------------------------------------------------------------------------------
-
-
-def open_folder(path):
-    """The folder, made if need be.
-
-    Raises InputError if it cannot be written, or holds a folder where a file of ours is to be written."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / ".writable").touch()
-        (Path(path) / ".writable").unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to the output folder {path}: {error.strerror}") from error
-    for inner in Path(path).iterdir():
-        if inner.suffix in (".json", ".jsonl", ".safetensors", ".png", ".npz") and inner.is_dir():
-            raise InputError(f"{inner} is a folder, where a file is to be written: move it away")
-    return Path(path)
-
-
-@contextmanager
-def atomically(path):
-    """A temporary path to write to, renamed to path when all is written, removed otherwise.
-
-    Raises InputError, naming path, where it cannot be written."""
-    from safetensors import SafetensorError
-
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")  # keeps the extension, which tells PIL the format
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path} ({getattr(error, 'strerror', None) or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def finite(content):
-    """The same with None for every number that JSON does not know: nan and the infinities."""
-    if isinstance(content, dict):
-        return {name: finite(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def about_this_run():
@@ -267,25 +184,12 @@ def write_results(out, config, metrics):
     write_json(out / "metrics.json", metrics | about_this_run())
 
 
-def write_json(path, content):
-    with atomically(path) as temporary:
-        temporary.write_text(json.dumps(finite(content), indent=1) + "\n")
-
-
 def read_json(path):
     """The content of a JSON file. Raises InputError if it cannot be read."""
     try:
         return json.loads(Path(path).read_bytes())  # of any encoding that JSON allows
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} ({type(error).__name__})") from error
-
-
-def save_tensors(tensors, path, metadata=None):
-    """Write {name: tensor} as safetensors. metadata: strings for its header."""
-    from safetensors.torch import save_file
-
-    with atomically(path) as temporary:
-        save_file(tensors, temporary, metadata)
 
 
 def fingerprint_of(net):
@@ -311,26 +215,6 @@ def save_weights(net, path, metadata=None):
 # ------------------------------------------------------------------------------------------------------------
 # The run in a folder
 # ------------------------------------------------------------------------------------------------------------
-
-
-def lock(file):
-    """Whether this process now holds the lock of an open file, which ends with the process.
-
-    Raises OSError or ImportError where files cannot be locked. The one place that knows operating systems."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        return False
-    return True
 
 
 class FolderRun(fgm.Run):
@@ -379,18 +263,20 @@ class FolderRun(fgm.Run):
         """Lock the folder and, to start again, remove what earlier runs left. Raises InputError if in use."""
         self.folder.mkdir(exist_ok=True)
         where = self.out.resolve()
-        if where not in self.locks:  # else this process's own: a notebook's cell, called again
-            file = open(self.out / ".lock", "w")
-            try:
-                free = lock(file)
-            except (OSError, ImportError) as error:
-                free = True
+        if where in self.locks:  # this process's own: a notebook's cell, called again
+            self.locks.pop(where).close()
+        file = open(self.out / ".lock", "w")
+        try:
+            free = lock(file)
+        except (OSError, ImportError) as error:
+            free = True
+            if not self.locks:  # said once
                 print(f"cannot lock {self.out} ({error}): see to it that no other run is at work there",
                       file=sys.stderr)
-            if not free:
-                file.close()
-                raise InputError(f"another run is at work in {self.out}: wait, or name another --out")
-            self.locks[where] = file
+        if not free:
+            file.close()
+            raise InputError(f"another run is at work in {self.out}: wait, or name another --out")
+        self.locks[where] = file
         if self.resume == "no":
             for old in [path for phase in self.PHASES for path in checkpoint.checkpoints(self.folder, phase)]:
                 shutil.rmtree(old)
