@@ -16,8 +16,7 @@ def scores(teacher, measure):
     """A picture(step, generator) for parts.run.FolderRun that scores the generator, and once the teacher.
 
     measure(sampler) -> float: the distance of a fixed set of samples, sampler(noise, **cond) -> x0; every
-    process calls it. What is returned goes into the log: {"score": float, "teacher_scores": {steps: float}}.
-    """
+    process calls it. The log gets {"score": float, "teacher_scores": {steps: float}}."""
     known = {}
 
     def picture(step, generator):
@@ -75,7 +74,8 @@ def figure_of(log):
     errors = dict(zip(*curves.get("distance_error", ([], [])), strict=True))
     steps, middle = (np.array(values) for values in curves.get("distance", ([], [])))
     error = np.array([errors.get(step, 0) for step in steps])
-    distance.fill_between(steps, middle - error, middle + error, color="C1", alpha=0.3, linewidth=0)
+    distance.fill_between(steps, middle - error, middle + error, color="C1", alpha=0.3, linewidth=0,
+                          label="its standard error")
     distance.axhline(0, color="black", linewidth=0.8)
     for (k, value), style in zip(last.get("teacher_scores", {}).items(), (":", "--", "-"), strict=False):
         score.axhline(value, color="black", linestyle=style, label=f"teacher, {k} step{'s' * (k != '1')}")
