@@ -23,9 +23,12 @@ def wait_for_first(fault=None):
     if process_rank() == 0:
         store.set(key, fault or "")
         return
-    while not store.check([key]):
-        time.sleep(0.1)
-    fault = store.get(key).decode()
+    try:
+        while not store.check([key]):
+            time.sleep(0.1)
+        fault = store.get(key).decode()
+    except dist.DistNetworkError:  # the store was the first process's own
+        fault = "the first process has gone"
     if fault:
         raise InputError(fault)
 

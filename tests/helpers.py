@@ -5,13 +5,13 @@ import importlib
 import io
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from parts import run
 
@@ -50,17 +50,17 @@ def drive_here(driver, *arguments):
 def forked(work, *arguments, processes=None, out):
     """Start work(*arguments) in processes that begin as this one is, which saves their imports, joined as
     torchrun would join them (None: one that is not). What they print goes to out/RANK.txt. Returns them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    joins = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(processes),
+             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     # On a GPU a fork is not possible once autograd was used.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     started = []
     for rank in range(processes or 1):
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        env = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes else {}
+        env = joins | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes else {}
         started.append(context.Process(target=begin, args=(work, arguments, env, Path(out) / f"{rank}.txt")))
         started[-1].start()
+        started[-1].store = store  # lives as long
     return started
 
 

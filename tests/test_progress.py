@@ -28,7 +28,7 @@ def test_progress_shows_a_run_whose_numbers_are_no_longer_finite(tmp_path):
 
 @pytest.mark.parametrize("scores", [(0.3, 0.1), (0.3, -0.001), (2e-5, 1e-5)])
 def test_the_whole_log_lies_inside_the_axes(scores, tmp_path):
-    """Scores of the teacher far above and below, distances of both signs with a band, bins without samples."""
+    """Scores of the teacher far above and below, distances of both signs with a band, an empty bin."""
     teacher = {"1": 4.0, "10": 0.03, "50": 0.002}
     by_t = {"distance_by_t": [None, -2.0, 5.0], "flow_loss_by_t": [None, 1.0, 3.0]}
     lines = [{"phase": "distill", "step": 1, "l1": 900.0, "distance": -40.0, "flow_gradient": 1.0}]

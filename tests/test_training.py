@@ -6,16 +6,20 @@ import json
 import math
 import os
 import random
+import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, call, drive_here, forked, joined
+import torch.distributed as dist
+from helpers import ROOT, call, drive, drive_here, forked, joined
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -339,6 +343,95 @@ def test_sharded_networks_and_replicas_on_two_processes_equal_one(tmp_path, monk
     run.FolderRun.unlock()
     look()
     assert len(found) == 8 and all((one - found[0]).norm() < 1e-6 * found[0].norm() for one in found)
+
+
+def work_alone(folder):
+    """The first process works for longer than the process group waits: alone, in a picture, at the end."""
+    run.TIME_LIMIT = timedelta(seconds=5)
+    run.setup("cpu")
+    assert run.first_process(lambda: time.sleep(7) or "done") == ("done" if fgm.process_rank() == 0 else None)
+    around = run.FolderRun(folder)
+    around.picture = lambda step, generator: time.sleep(7 * (fgm.process_rank() == 0))
+    distilled(run=around)
+    if fgm.process_rank() == 0:
+        time.sleep(7)
+
+
+def test_the_others_wait_for_the_first_process_without_a_limit(tmp_path):
+    statuses = joined(forked(as_command, work_alone, tmp_path / "out", processes=2, out=tmp_path))
+    assert statuses == [0, 0], "".join(path.read_text() for path in tmp_path.glob("?.txt"))
+
+
+def fail_alone(kind, place):
+    run.setup("cpu")
+    if place == "end" and fgm.process_rank() > 0:
+        return
+
+    def fail():
+        raise kind("no such luck")
+
+    run.first_process(fail)
+
+
+@pytest.mark.parametrize("place", ["call", "end"])
+@pytest.mark.parametrize("kind, status", [(fgm.InputError, 2), (OSError, 2), (KeyError, 1), (SystemExit, 1)])
+def test_the_wait_ends_where_the_first_process_fails(kind, status, place, tmp_path):
+    """Whatever it raises, and where the others wait: in the same call, or at the end of the command."""
+    statuses = joined(forked(as_command, fail_alone, kind, place, processes=2, out=tmp_path))
+    assert statuses == [status, 2]
+    said = (tmp_path / "1.txt").read_text().splitlines()[-1]
+    assert ("no such luck" if status == 2 else "the first process failed") in said
+
+
+def vanish():
+    """The first process, which holds the store where no launcher does, is killed."""
+    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    launcher = dist.TCPStore("127.0.0.1", port, is_master=False)
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        launcher.set("port", str(store.port))
+    else:
+        store = dist.TCPStore("127.0.0.1", int(launcher.get("port")), is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    run.first_process(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_the_wait_ends_where_the_first_process_vanishes(tmp_path):
+    assert joined(forked(as_command, vanish, processes=2, out=tmp_path)) == [-signal.SIGKILL, 2]
+    assert "the first process has gone" in (tmp_path / "1.txt").read_text()
+
+
+def run_in_a_folder_of_its_own(folder):
+    run.setup("cpu")
+    here = folder / str(fgm.process_rank())
+    here.mkdir()
+    os.chdir(here)
+    distilled(run=run.FolderRun("out"))
+
+
+def test_processes_without_a_common_folder_are_told_at_the_start(tmp_path):
+    """As two machines whose disks are their own. Nothing is left behind."""
+    statuses = joined(forked(as_command, run_in_a_folder_of_its_own, tmp_path, processes=2, out=tmp_path))
+    assert statuses == [2, 2]
+    for rank in (0, 1):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert "out is not one folder for all processes: process 1 on" in said and said.count("\n") == 1
+        assert list((tmp_path / str(rank) / "out").iterdir()) == []
+
+
+def test_the_own_network_of_the_readme_trains_alike_on_two_processes(tmp_path, monkeypatch):
+    """As written there, but for fewer steps: started by torchrun, and alone."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "steps=2000" in code and "batch=512" in code
+    keep = "\nimport os\ntorch.save(generator.state_dict(), os.environ.get('RANK', 'alone') + '.pt')\n"
+    (tmp_path / "own.py").write_text(code.replace("steps=2000", "steps=20") + keep)
+    done = drive(tmp_path / "own.py", processes=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("own.py")
+    alone, *both = (torch.load(f"{name}.pt") for name in ("alone", 0, 1))
+    for one in both:
+        assert all((one[name] - value).norm() <= 1e-5 * value.norm() for name, value in alone.items())
 
 
 def test_mutated_checkpoints_are_refused_or_harmless(tmp_path, monkeypatch):
