@@ -349,12 +349,12 @@ def work_alone(folder):
     """The first process works for longer than the process group waits: alone, in a picture, at the end."""
     run.TIME_LIMIT = timedelta(seconds=5)
     run.setup("cpu")
-    assert run.first_process(lambda: time.sleep(7) or "done") == ("done" if fgm.process_rank() == 0 else None)
+    assert run.first_process(lambda: time.sleep(6) or "done") == ("done" if fgm.process_rank() == 0 else None)
     around = run.FolderRun(folder)
-    around.picture = lambda step, generator: time.sleep(7 * (fgm.process_rank() == 0))
+    around.picture = lambda step, generator: time.sleep(6 * (fgm.process_rank() == 0))
     distilled(run=around)
     if fgm.process_rank() == 0:
-        time.sleep(7)
+        time.sleep(6)
 
 
 def test_the_others_wait_for_the_first_process_without_a_limit(tmp_path):
