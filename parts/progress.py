@@ -1,7 +1,6 @@
 """OUT/progress.png: how far a distillation is, drawn from log.jsonl."""
 
 import json
-import math
 from functools import partial
 from pathlib import Path
 
@@ -29,18 +28,18 @@ def scores(teacher, measure):
 
 
 def read(log):
-    """The curves {name: (steps, values)} of a log.jsonl's distillation, and the last of everything in it."""
-    curves, last = {}, {}
+    """The curves of a log.jsonl's distillation: {name: (steps, values)}, and the teacher's {steps: score}."""
+    curves, teacher = {}, {}
     for line in Path(log).read_text().splitlines():
         record = json.loads(line)
         if record["phase"] == "distill":
-            last |= record
+            teacher = record.get("teacher_scores", teacher)
             for name, value in record.items():
-                if isinstance(value, (int, float)):
+                if isinstance(value, (int, float, list)):  # a list: by bins of t
                     steps, values = curves.setdefault(name, ([], []))
                     steps.append(record["step"])
                     values.append(value)
-    return curves, last
+    return curves, teacher
 
 
 def spread(axis):
@@ -58,7 +57,7 @@ def figure_of(log):
     """Losses of the flow; the distance and its lag; score; both losses by t; gradient norms."""
     from matplotlib.figure import Figure
 
-    curves, last = read(log)
+    curves, teacher = read(log)
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     (flow, distance, score), (flow_by_t, distance_by_t, norms) = figure.subplots(2, 3)
     panels = [
@@ -77,13 +76,13 @@ def figure_of(log):
     distance.fill_between(steps, middle - error, middle + error, color="C1", alpha=0.3, linewidth=0,
                           label="its standard error")
     distance.axhline(0, color="black", linewidth=0.8)
-    for (k, value), style in zip(last.get("teacher_scores", {}).items(), (":", "--", "-"), strict=False):
+    for (k, value), style in zip(teacher.items(), (":", "--", "-"), strict=False):
         score.axhline(value, color="black", linestyle=style, label=f"teacher, {k} step{'s' * (k != '1')}")
     for axis in (distance, score, norms):
         spread(axis)
     for axis, name, title in ((flow_by_t, "flow_loss", "$R_v$"), (distance_by_t, "distance", "$R_u - R_v$")):
-        means = [math.nan if value is None else value for value in last.get(f"{name}_by_t", [])]
-        axis.bar([(i + 0.5) / len(means) for i in range(len(means))], means, 0.8 / max(len(means), 1))
+        means = np.array(curves.get(f"{name}_by_t", ([], [[]]))[1][-1], dtype=float)
+        axis.bar((np.arange(len(means)) + 0.5) / len(means), means, 0.8 / max(len(means), 1))
         axis.set(title=f"{title} by t, last line", xlim=(0, 1), xlabel="t (0: data, 1: noise)")
     for axis in figure.axes:
         if axis.get_legend_handles_labels()[0]:

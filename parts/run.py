@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -93,18 +94,15 @@ def command(main):
 # Processes and random numbers
 # ------------------------------------------------------------------------------------------------------------
 
-
-TIME_LIMIT = timedelta(hours=1)  # of one exchange between processes; a wait for the first one has none
+TIME_LIMIT = timedelta(hours=2)  # of one exchange between processes; a wait for the first one has none
 
 
 def setup(device=None):
     """Join the other processes if torchrun started us, and return this one's device (default: a GPU's)."""
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InputError(f"--device {device}: cpu, cuda or cuda:N are possible") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {device}: cpu, cuda or cuda:N are possible")
+    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
+        raise InputError(f"--device {name}: cpu, cuda or cuda:N are possible")
+    device = torch.device(name)
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -19,9 +19,9 @@ def test_progress_shows_a_run_whose_numbers_are_no_longer_finite(tmp_path):
     lines += [{"phase": "distill", "step": k, "flow_loss": 2.0, "distance": -1.0 / k} for k in (1, 2)]
     lines += [{"phase": "distill", "step": 3, "flow_loss": None, "score": 0.5, "teacher_scores": {"1": 4.0}}]
     write(tmp_path / "log.jsonl", lines)
-    curves, last = progress.read(tmp_path / "log.jsonl")
+    curves, teacher = progress.read(tmp_path / "log.jsonl")
     assert curves["flow_loss"] == ([1, 2], [2.0, 2.0]) and curves["score"] == ([3], [0.5])
-    assert last["teacher_scores"] == {"1": 4.0}
+    assert teacher == {"1": 4.0}
     progress.draw(tmp_path / "log.jsonl", tmp_path / "progress.png")
     assert len(np.unique(np.array(Image.open(tmp_path / "progress.png")))) > 10
 

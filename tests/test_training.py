@@ -240,7 +240,7 @@ def test_what_a_checkpoint_cannot_keep_is_said_before_the_first_step(tmp_path):
 def test_the_log_holds_the_scores_of_generator_and_teacher(finished):
     """The last point is the energy distance of the generator that was written, on the noise of the run."""
     out = finished[0]
-    curves, last = progress.read(out / "log.jsonl")
+    curves, teacher = progress.read(out / "log.jsonl")
     assert curves["score"][0] == [40] and curves["flow_loss"][0] == [10, 20, 30, 40]
     net = toy2d.VelocityMLP()
     test, z = toy2d.toy_data("8gaussians", 500, 1), fgm.Draws(500, "cpu", 0, fgm.SCORES).normal((2,))
@@ -253,7 +253,7 @@ def test_the_log_holds_the_scores_of_generator_and_teacher(finished):
     start = json.loads((out / "config.json").read_text())["generator"]
     assert curves["score"][1] == [distance("generator", lambda net: fgm.OneStepGenerator(net, **start)(z))]
     expected = {str(k): distance("teacher", lambda net, k=k: fgm.sample_ode(net, z, k)) for k in (1, 10, 50)}
-    assert last["teacher_scores"] == pytest.approx(expected)
+    assert teacher == pytest.approx(expected)
     with Image.open(out / "progress.png") as picture:
         assert picture.size == (1400, 750)
 
