@@ -1,8 +1,10 @@
-"""OUT/progress.png: losses, gradient norms and the score of the one-step generator, drawn from log.jsonl."""
+"""OUT/progress.png: how far a distillation is, drawn from log.jsonl."""
 
 import json
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 import fgm
 
@@ -13,8 +15,7 @@ def scores(teacher, measure):
     """A picture(step, generator) for parts.run.FolderRun that scores the generator, and once the teacher.
 
     measure(sampler) -> float: the distance of a fixed set of samples, sampler(noise, **cond) -> x0; every
-    process calls it. What is returned goes into the log: {"score": float, "teacher_scores": {steps: float}}.
-    """
+    process calls it. The log gets {"score": float, "teacher_scores": {steps: float}}."""
     known = {}
 
     def picture(step, generator):
@@ -31,46 +32,64 @@ def read(log):
     curves, teacher = {}, {}
     for line in Path(log).read_text().splitlines():
         record = json.loads(line)
-        if record["phase"] != "distill":
-            continue
-        teacher = record.get("teacher_scores", teacher)
-        for name, value in record.items():
-            if isinstance(value, (int, float)):
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(record["step"])
-                values.append(value)
+        if record["phase"] == "distill":
+            teacher = record.get("teacher_scores", teacher)
+            for name, value in record.items():
+                if isinstance(value, (int, float, list)):  # a list: by bins of t
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(record["step"])
+                    values.append(value)
     return curves, teacher
 
 
-def draw(log, path):
-    """Draw the curves of the log as a PNG file: online flow, generator, gradient norms, score."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def spread(axis):
+    """A logarithmic axis where its values span more than a decade, with a linear part where signs differ."""
+    values = np.array([value for line in axis.lines for value in line.get_ydata()])
+    sizes = np.abs(values[values != 0])
+    if sizes.size and sizes.max() > 10 * sizes.min():
+        if values.min() > 0:
+            axis.set_yscale("log")
+        else:
+            axis.set_yscale("symlog", linthresh=np.quantile(sizes, 0.1))
+
+
+def figure_of(log):
+    """Losses of the flow; the distance and its lag; score; both losses by t; gradient norms."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
 
     curves, teacher = read(log)
-    panels = {
-        "loss of the online flow": ["flow_loss", "extra_flow_loss"],
-        "losses of the generator (L2 wanders about 0, L1 falls)": ["l1", "l2", "extra"],
-        "gradient norms": [name for name in curves if "gradient" in name],
-        "score of the one-step generator (lower is better)": ["score"],
-    }
-    figure = Figure(figsize=(11, 7))
-    FigureCanvasAgg(figure)
-    for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    (flow, distance, score), (flow_by_t, distance_by_t, norms) = figure.subplots(2, 3)
+    panels = [
+        (flow, "$R_v$, the loss of the online flow", ["flow_loss", "extra_flow_loss", "extra"]),
+        (distance, "L1 and $R_u - R_v$: between them the flow's lag", ["l1", "distance"]),
+        (score, "score of the one-step generator (lower is better)", ["score"]),
+        (norms, "gradient norms", [name for name in curves if "gradient" in name]),
+    ]
+    for axis, title, names in panels:
         for name in [name for name in names if name in curves]:
             axis.plot(*curves[name], marker="." * (name == "score"), label=name.replace("_", " "))
         axis.set(title=title, xlabel="distillation steps")
-        positive = any(value > 0 for line in axis.lines for value in line.get_ydata())
-        if positive and ("score" in names or title == "gradient norms"):
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(LogFormatter())
-            axis.yaxis.set_minor_formatter(LogFormatter())
-    for k, style in zip(teacher, (":", "--", "-"), strict=False):
-        axis.axhline(teacher[k], color="black", linestyle=style, label=f"teacher, {k} step{'s' * (k != '1')}")
+    errors = dict(zip(*curves.get("distance_error", ([], [])), strict=True))
+    steps, middle = (np.array(values) for values in curves.get("distance", ([], [])))
+    error = np.array([errors.get(step, 0) for step in steps])
+    distance.fill_between(steps, middle - error, middle + error, color="C1", alpha=0.3, label="standard error")
+    distance.axhline(0, color="black", linewidth=0.8)
+    for (k, value), style in zip(teacher.items(), (":", "--", "-"), strict=False):
+        score.axhline(value, color="black", linestyle=style, label=f"teacher, {k} step{'s' * (k != '1')}")
+    for axis in (distance, score, norms):
+        spread(axis)
+    for axis, name, title in ((flow_by_t, "flow_loss", "$R_v$"), (distance_by_t, "distance", "$R_u - R_v$")):
+        means = np.array(curves.get(f"{name}_by_t", ([], [[]]))[1][-1], dtype=float)
+        axis.bar((np.arange(len(means)) + 0.5) / len(means), means, 0.8 / max(len(means), 1))
+        axis.set(title=f"{title} by t, last line", xlim=(0, 1), xlabel="t (0: data, 1: noise)")
     for axis in figure.axes:
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
-    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.08, top=0.95, wspace=0.15, hspace=0.3)
-    figure.savefig(path, dpi=80)
+    return figure
+
+
+def draw(log, path):
+    """Draw the log as a PNG file."""
+    figure_of(log).savefig(path, dpi=100)

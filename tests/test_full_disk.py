@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +13,8 @@ from safetensors.torch import load_file
 
 import toy2d
 from parts import run
+
+resource = pytest.importorskip("resource")  # limits the size of files
 
 SMALL = ["--device", "cpu", "--batch", "4", "--teacher-steps", "2", "--steps", "2", "--save-every", "1"]
 SMALL += ["--log-every", "1", "--samples", "50"]

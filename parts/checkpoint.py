@@ -1,0 +1,173 @@
+"""Checkpoints of the learners of fgm.py, which any number of processes can resume.
+
+A checkpoint is a folder: whole tensors in safetensors files, which the first process writes, checkpoint.json
+with the rest, and a checksum of both. Nothing in it is ever executed. There are no generator states:
+fgm.Draws makes every random number from (seed, step).
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import zlib
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+
+from fgm import InputError, gathered, process_rank
+
+FILE_BYTES = 1e9  # of tensors in a file: they, and then its content, are whole in host memory
+
+
+def described(value):
+    """A setting as JSON can hold it: an array as lists, a function by its name, a partial by its parts.
+
+    Raises InputError for what JSON cannot hold."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, functools.partial):
+        return described([value.func, value.args, value.keywords])
+    if isinstance(value, (list, tuple)):
+        return [described(part) for part in value]
+    if isinstance(value, dict):
+        return {str(name): described(part) for name, part in value.items()}
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise InputError(f"a checkpoint cannot keep the setting {value!r}: give numbers, texts, lists or dicts")
+
+
+def state_tensors(learners):
+    """All state of {name: fgm.Learner}, a flat dict that a checkpoint is written from, or read into."""
+    state = {}
+    for name, learner in learners.items():
+        state |= {f"{name}.ema.{key}": value for key, value in learner.ema.items()}
+        state |= {f"{name}.buffer.{key}": value for key, value in learner.module.named_buffers()}
+        for key, p in learner.parameters.items():
+            state[f"{name}.parameter.{key}"] = p.detach()
+            for kind, moment in learner.adam.state[p].items():
+                if kind != "step" and moment is not p.grad:
+                    state[f"{name}.{kind}.{key}"] = moment
+    return state
+
+
+def checkpoints(folder, phase):
+    """The checkpoints of a phase, oldest first; nothing else that may lie beside them."""
+    return sorted(path for path in folder.glob(f"{phase}-*") if re.fullmatch(rf"{phase}-\d{{9}}", path.name))
+
+
+def checksum(folder):
+    """Of the names and contents of a checkpoint's files."""
+    value = 0
+    for path in [folder / "checkpoint.json", *sorted(folder.glob("*.safetensors"))]:
+        value = zlib.crc32(path.name.encode(), value)
+        with open(path, "rb") as file:
+            while chunk := file.read(2**24):
+                value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def save(folder, phase, step, learners, settings, seconds):
+    """Write folder/PHASE-STEP under a temporary name, rename it when complete, keep it and the one before.
+
+    Returns its path. Raises InputError if it cannot be written. A collective call."""
+    target, temporary = folder / f"{phase}-{step:09d}", folder / f"tmp-{phase}-{step:09d}"
+    updates = {name: learner.updates for name, learner in learners.items()}
+    content = {"step": step, "updates": updates, "seconds": seconds, "settings": settings}
+    try:
+        if process_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            (temporary / "checkpoint.json").write_text(json.dumps(content, indent=1) + "\n")
+        write_tensors(state_tensors(learners), temporary)
+        if process_rank() == 0:
+            (temporary / "checksum").write_text(checksum(temporary))
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            for old in checkpoints(folder, phase)[:-2]:
+                shutil.rmtree(old)
+    except Exception as error:
+        raise InputError(f"cannot write the checkpoint {target} ({error}); earlier ones are untouched: "
+                         "free some space and run again") from error
+    finally:
+        if process_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def write_tensors(state, folder):
+    """Write the whole of tensors that may be sharded as folder/NUMBER.safetensors. A collective call."""
+    from safetensors.torch import save as to_bytes
+
+    part, number, last = {}, 1, list(state)[-1]
+    for name, tensor in state.items():
+        whole = gathered(tensor)
+        if process_rank() == 0:
+            part[name] = whole.to("cpu", copy=True).contiguous()  # a copy: they must not share memory
+            if name == last or sum(value.nbytes for value in part.values()) >= FILE_BYTES:
+                (folder / f"{number:05d}.safetensors").write_bytes(to_bytes(part))
+                part, number = {}, number + 1
+
+
+def load(folder, phase, learners, settings, resume):
+    """Put the newest checkpoint of a phase into the learners. Returns (step, seconds so far), or (0, 0.0).
+
+    resume: "same" raises InputError if the settings differ from the checkpoint's, and names them; "any" says
+    so and goes on. A damaged or foreign checkpoint raises InputError and leaves everything as it was: on the
+    first process, which alone reads all to check it."""
+    found = checkpoints(folder, phase)
+    if not found:
+        return 0, 0.0
+    newest, before = found[-1], found[-2].name if len(found) > 1 else "the start"
+    refusal = f"{newest} is damaged or not a checkpoint of this run; remove it to go on from {before}"
+    try:
+        if process_rank() == 0 and checksum(newest) != (newest / "checksum").read_text():
+            raise ValueError("a file is missing or changed")
+        saved = json.loads((newest / "checkpoint.json").read_text())
+        step, seconds, then = saved["step"], saved["seconds"], dict(saved["settings"])
+        updates = {name: saved["updates"][name] for name in learners}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{refusal} ({error})") from error
+    names = [name for name in sorted({*settings, *then}) if settings.get(name) != then.get(name)]
+    changed = ", ".join(f"{name} {then.get(name)} -> {settings.get(name)}" for name in names)
+    if changed and resume == "same":
+        raise InputError(f"{folder.parent} holds a {phase} run with other settings ({changed}): --resume "
+                         "goes on with it all the same, --overwrite starts again, --out names another folder")
+    if changed and process_rank() == 0:
+        print(f"resuming {phase} with changed settings: {changed}")
+    try:
+        read_tensors(state_tensors(learners), newest)
+    except Exception as error:  # safetensors raises what it likes; whatever it was, this cannot be used
+        raise InputError(f"{refusal} ({error})") from error
+    for name, learner in learners.items():
+        learner.updates = updates[name]
+        for moments in learner.adam.state.values():
+            moments["step"].fill_(learner.updates)
+    return step, seconds
+
+
+def read_tensors(state, folder):
+    """Read what write_tensors wrote into tensors that may be sharded. Changes nothing unless all will fit."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
+        held = {name: file for file in files for name in file.keys()}
+        parameters = {name for name in held if ".parameter." in name}
+        if not parameters <= state.keys() <= held.keys():
+            raise KeyError("it is of other tensors")
+        shapes = {name: held[name].get_slice(name).get_shape() for name in state}
+        wrong = [name for name, tensor in state.items() if shapes[name] != list(tensor.shape)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} has another shape")
+        for name, tensor in state.items():
+            whole = held[name].get_tensor(name).to(tensor.device)
+            if hasattr(tensor, "device_mesh"):
+                from torch.distributed.tensor import distribute_tensor
+
+                place = tensor.device_mesh, tensor.placements
+                whole = distribute_tensor(whole, *place, src_data_rank=None)  # each process keeps its part
+            tensor.copy_(whole)

@@ -1,0 +1,89 @@
+"""Files are written atomically: whole, or not at all; a folder is locked."""
+
+import errno
+import json
+import math
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from fgm import InputError
+
+
+def open_folder(path):
+    """The folder, made if need be.
+
+    Raises InputError if it cannot be written, or holds a folder where a file of ours is to be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        (Path(path) / ".writable").touch()
+        (Path(path) / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to the output folder {path}: {error.strerror}") from error
+    for inner in Path(path).iterdir():
+        if inner.suffix in (".json", ".jsonl", ".safetensors", ".png", ".npz") and inner.is_dir():
+            raise InputError(f"{inner} is a folder, where a file is to be written: move it away")
+    return Path(path)
+
+
+@contextmanager
+def atomically(path):
+    """A temporary path to write to, renamed to path when all is written, removed otherwise.
+
+    Raises InputError, naming path, where it cannot be written."""
+    from safetensors import SafetensorError
+
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")  # keeps the extension, which tells PIL the format
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path} ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finite(content):
+    """The same with None for every number that JSON does not know: nan and the infinities."""
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_json(path, content):
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(finite(content), indent=1) + "\n")
+
+
+def save_tensors(tensors, path, metadata=None):
+    """Write {name: tensor} as safetensors. metadata: strings for its header."""
+    from safetensors.torch import save_file
+
+    with atomically(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def lock(file):
+    """Whether this process now holds the lock of an open file, which ends with the process.
+
+    Raises OSError or ImportError where files cannot be locked. The one place that knows operating systems."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
