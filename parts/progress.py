@@ -73,7 +73,7 @@ def figure_of(log):
     errors = dict(zip(*curves.get("distance_error", ([], [])), strict=True))
     steps, middle = (np.array(values) for values in curves.get("distance", ([], [])))
     error = np.array([errors.get(step, 0) for step in steps])
-    distance.fill_between(steps, middle - error, middle + error, color="C1", alpha=0.3, label="standard error")
+    distance.fill_between(steps, middle - error, middle + error, color="C1", alpha=0.3, label="its error")
     distance.axhline(0, color="black", linewidth=0.8)
     for (k, value), style in zip(teacher.items(), (":", "--", "-"), strict=False):
         score.axhline(value, color="black", linestyle=style, label=f"teacher, {k} step{'s' * (k != '1')}")
