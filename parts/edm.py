@@ -327,9 +327,9 @@ def read_edm(path):
         inner = outer.state["_modules"]["model"]
         check_variant(outer, inner)
         weights = {f"net.{name}": tensor for name, tensor in inner.tensors().items()}  # names in EDMVelocity
-        shapes = {name: tensor.size for name, tensor in weights.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         network = edm_config(shapes, outer.state)
-        return build_with_weights(network, shapes, lambda name: weights[name].read()), network
+        return build_with_weights(network, shapes, weights.get), network
 
 
 def check_variant(outer, inner):
