@@ -5,7 +5,7 @@ these files need; the names in it stand for the functions below. Nothing reaches
 been checked.
 
 The machine is pickle's in Python, pickle._Unpickler. A file can end the one in C, pickle.Unpickler, and
-nothing that it calls could prevent it: the hash of a deeply nested tuple, taken as a key, overflows the stack,
+nothing that it calls could prevent it: the hash of a deeply nested tuple, as a key, overflows the stack,
 and ten bytes that name memo place 2^28 make it allocate 4 GB.
 """
 
