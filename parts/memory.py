@@ -73,8 +73,8 @@ def settle_micro_batch(args, net, shape, label_dim):
         args.micro_batch = largest_micro_batch(args.batch // fgm.world_size(), available, *needs, **settings)
     needed = step_bytes(*needs, args.micro_batch, **settings)
     if fgm.process_rank() == 0:
-        print(f"memory per process, estimated: {needed / 1e9:.2f} GB, in a distillation step with micro-batch "
-              f"{args.micro_batch}")
+        print(f"memory per process, estimated: {needed / 1e9:.2f} GB, in a distillation step with "
+              f"micro-batch {args.micro_batch}")
         if needed > available:
             print(f"that is more than the {available / 1e9:.0f} GB that are free on the device: "
                   "try a smaller --micro-batch or network, or more processes")
