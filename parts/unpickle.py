@@ -22,7 +22,7 @@ import torch
 from fgm import InputError
 
 LARGEST = 2**31  # bytes of a file; published are 0.25e9
-READS = 450_000  # of a file, one or more an opcode; published have some 130,000
+READS = 300_000  # of a file, one or more an opcode; published have some 130,000
 ENTRIES, LONGEST = 100_000, 200  # a file can name one module along very many paths, and very long ones
 
 SCALARS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")

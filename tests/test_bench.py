@@ -13,7 +13,7 @@ import cifar
 import fgm
 import tiny_sd3
 import toy2d
-from parts import loops
+from parts import loops, run
 
 CPU = torch.device("cpu")
 TINY = dict(model_channels=8, channel_mult=[1, 1], num_blocks=1, attn_resolutions=[4])
@@ -29,19 +29,19 @@ def test_every_row(tmp_path, monkeypatch):
     def distil(line, **settings):
         if "--data" not in line:
             return start(line, **settings)
-        flags = line[line.index("--data"):]
-        done = drive_here(cifar, *flags, "--model-channels", 8, "--num-blocks", 1, "--batch", 64)
+        small = "--model-channels", 8, "--num-blocks", 1, "--batch", 64, "--kimg", 0.64
+        done = drive_here(cifar, *line[line.index("--data"):], *small)
         assert done.returncode == 0, done.stderr
 
     plain, start = bench.unet, subprocess.run
     tiny = partial(bench.miniature, batch=2, config=CONFIG)
     monkeypatch.setattr(bench, "keep_memory", lambda: None)  # it would hold for all tests of this process
     monkeypatch.setattr(bench, "TURN", 0)
+    monkeypatch.setattr(run.FolderRun, "draw_progress", lambda folder_run: None)  # no row's
     monkeypatch.setattr(bench, "unet", lambda device, batch, size, channels, **network:
                         plain(device, min(batch, 4), 8, 1, **TINY))
     monkeypatch.setattr(bench, "SUBJECTS", {
-        "toy": partial(bench.toy, batch=8), "digits": bench.digits, "three networks": tiny,
-        "LoRA": partial(tiny, lora_rank=2)})
+        "toy": partial(bench.toy, batch=8), "LoRA": partial(tiny, lora_rank=2)})
     monkeypatch.setattr(subprocess, "run", distil)
     done = drive_here(bench, "--repeats", 1, "--full", "--json", tmp_path / "bench.json", "--device", "cpu")
     assert done.returncode == 0, done.stderr

@@ -37,7 +37,8 @@ def test_the_teachers_training_needs_less(dropout):
     data = torch.zeros(64, 1, 8, 8)
 
     def step():
-        fgm.train_flow(subject.net.train(), lambda seeds: (data, subject.conditions(seeds)), steps=1, batch=64)
+        fgm.train_flow(
+            subject.net.train(), lambda seeds: (data, subject.conditions(seeds)), steps=1, batch=64)
 
     assert bench.peak_bytes(step, CPU) < memory.step_bytes(weights, kept, False, 64, 2) - 3 * weights
 
