@@ -1,4 +1,5 @@
-"""What a distillation step costs against its bare network passes; memory, sampling, scaling, logging.
+"""What a distillation step costs: against its bare network passes, the former step, SiD's loop; its memory;
+sampling, scaling, logging.
 
     python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the peak rate
     python bench.py --compile --only step sampling --json bench.json     # with rows for torch.compile
@@ -28,9 +29,9 @@ import cifar
 import fgm
 import tiny_sd3
 import toy2d
-from parts import edm, images, mmdit
+from parts import edm, images, loops, mmdit
 from parts.flags import COUNT, Parser, Setting, add_flags
-from parts.memory import free_bytes, largest_micro_batch, needs
+from parts.memory import free_bytes, kept_per_image, largest_micro_batch
 from parts.pipeline import quiet
 from parts.run import FolderRun, command, open_folder, setup, write_json
 
@@ -59,9 +60,10 @@ def digits(device, batch=128):
 
 
 def cifar10(device):
-    subject = unet(device, 256 if device.type == "cuda" else 8, 32, 3)
-    need = needs(subject.net, subject.shape, 10, bf16=False)
-    return subject._replace(batch=largest_micro_batch(subject.batch, free_bytes(device), need, bf16=False))
+    subject = unet(device, 256 if device.type == "cuda" else 16, 32, 3)
+    weights = 4 * sum(p.numel() for p in subject.net.parameters())
+    needs = weights, kept_per_image(subject.net, subject.shape, 10, bf16=False), False
+    return subject._replace(batch=largest_micro_batch(subject.batch, free_bytes(device), *needs, graphs=3))
 
 
 def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, config=tiny_sd3.TRANSFORMER):
@@ -97,6 +99,9 @@ SUBJECTS = {
 # ------------------------------------------------------------------------------------------------------------
 
 
+TURN = 0.5  # seconds that one side of a ratio takes at least, before it is the other's turn
+
+
 def keep_memory():
     """Tell glibc to keep freed memory: faulting it in again costs one side of a ratio a sixth of a pass."""
     with suppress(OSError, AttributeError):  # another C library has other habits
@@ -125,32 +130,16 @@ def step_times(subject, steps, **settings):
         marks.append(now())
         return conditions(seeds)
 
-    settings = dict(steps=steps + 2, batch=batch, conditions=timed, lr=1e-6, precision="fp32",
-                    one_pass=True) | settings
+    settings = dict(steps=steps + 2, batch=batch, conditions=timed, lr=1e-6, precision="fp32") | settings
     fgm.distill(teacher, fgm.OneStepGenerator(net, 0.97), flow, shape, **settings)
-    return intervals(marks if settings["one_pass"] else marks[::2])
+    return intervals(marks)
 
 
-def bare_passes(subject, precision="fp32"):
-    """A function that makes the passes of one step and nothing else: generator, teacher and flow forward;
-    teacher and flow back to their input; flow and generator backward."""
-    teacher, flow, net, shape, batch, conditions = subject
-    device = next(net.parameters()).device
-    x, gradient = torch.randn(batch, *shape, device=device), torch.randn(batch, *shape, device=device)
-    t, cond = torch.rand(batch, device=device), conditions(torch.arange(batch))
-
-    def passes():
-        leaf = x.clone().requires_grad_()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            x0 = net(x, t, **cond)
-            with fgm.frozen(teacher):
-                u, v = teacher(leaf, t, **cond), flow(leaf, t, **cond)
-        torch.autograd.grad([u, v], leaf, [gradient.to(u.dtype), gradient.to(v.dtype)], retain_graph=True)
-        torch.autograd.backward([v, x0], [gradient.to(v.dtype), gradient.to(x0.dtype)])
-        flow.zero_grad()
-        net.zero_grad()
-
-    return passes
+def loop_times(step, subject, steps, precision="fp32"):
+    """Seconds of steps of a loop of parts/loops.py but the first and last."""
+    marks = []
+    loops.train(step, *subject, steps + 2, precision, lambda: marks.append(now()))
+    return intervals(marks)
 
 
 def pass_times(passes, number):
@@ -201,10 +190,6 @@ def peak_bytes(work, device):
 # The rows: generators of (name, {"median", "least", "most", ...})
 # ------------------------------------------------------------------------------------------------------------
 
-# Dense bf16 FLOP/s by the makers' data sheets.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
 def step_rows(device, args):
     subjects = SUBJECTS
     if device.type == "cuda" or args.full:
@@ -214,40 +199,34 @@ def step_rows(device, args):
     for name, precision, compile in itertools.product(subjects, precisions, compiled):
         torch.manual_seed(0)
         subject = subjects[name](device)
-        passes = bare_passes(subject, precision)
+        what = f"{name}, {precision}" + ", compiled" * compile
+        passes = loops.bare_passes(*subject, precision)
+        with FlopCounterMode(display=False) as counter:  # it cannot count torch.autograd.grad
+            passes()
         for net in subject[:3] if compile else ():
             net.compile()
-        number = max(3, round(0.5 / statistics.median(pass_times(passes, 3))))  # half a second, in turns
+        number = max(3, round(TURN / statistics.median(pass_times(passes, 3))))
         step = partial(step_times, subject, number, precision=precision)
         found = ratio(step, partial(pass_times, passes, number), args.repeats)
-        found["images_per_s"] = subject.batch / found["first_s"]
-        if device.type == "cuda":
-            with FlopCounterMode(display=False) as counter:
-                passes()
-            rate = counter.get_total_flops() / found["first_s"]
-            peak = next((value for key, value in PEAK.items() if key in torch.cuda.get_device_name()), None)
-            found |= {"tflops": rate / 1e12, "share_of_bf16_peak": rate / peak if peak else None}
-        yield f"step / bare passes: {name}, {precision}" + ", compiled" * compile, found
-        if not compile:
-            twice = partial(step_times, subject, number, precision=precision, one_pass=False)
-            yield f"two passes / one pass: {name}, {precision}", ratio(twice, step, args.repeats)
+        tflops = counter.get_total_flops() / 1e12 / found["first_s"]
+        found |= {"images_per_s": subject.batch / found["first_s"], "tflops": tflops}
+        yield f"step / bare passes: {what}", found
+        former = partial(loop_times, loops.former_step, subject, number, precision)
+        yield f"former step / step: {what}", ratio(former, step, args.repeats)
+        sid = partial(loop_times, loops.sid_step, subject, number, precision)
+        weighted = partial(step, weight=fgm.sid_weight)
+        yield f"SiD's loop / step: {what}", ratio(sid, weighted, args.repeats)
 
 
 def memory_rows(device, args):
-    """A step of two micro-batches against sd3.py's estimate, networks and optimiser included."""
-    bf16 = fgm.wants_bf16("auto", device)
-    for lora_rank, checkpointing in itertools.product((0, 16), (False, True)):
-
-        def work(lora_rank=lora_rank, checkpointing=checkpointing):
-            subject = miniature(device, 32, lora_rank, bf16, checkpointing)
-            step_times(subject, 1, precision="bf16" if bf16 else "fp32", micro_batch=16)
-
-        peak = peak_bytes(work, device)
-        recipe = tiny_sd3.TRANSFORMER, lora_rank, checkpointing, bf16
-        estimate = sum(mmdit.memory_estimate(*recipe, 16, 4, 4, 272, 4.0, processes=1, ema=True).values())
-        what = ("LoRA 16" if lora_rank else "three networks") + ", checkpointing" * checkpointing
-        found = spread([peak / estimate]) | {"peak_bytes": peak, "estimate_bytes": estimate}
-        yield f"peak memory / estimate: miniature SD3, {what}", found
+    """Of a step at l1_weight 1, gradients and optimisers included, networks not."""
+    precision = "bf16" if fgm.wants_bf16("auto", device) else "fp32"
+    full = device.type == "cuda" or args.full
+    name, subject = ("CIFAR-10 size", cifar10(device)) if full else ("digits", digits(device))
+    peak = peak_bytes(partial(step_times, subject, 1, precision=precision), device)
+    former = peak_bytes(partial(loop_times, loops.former_step, subject, 1, precision), device)
+    found = spread([peak / former]) | {"peak_bytes": peak, "former_bytes": former}
+    yield f"peak memory, step / former step: EDM U-Net, {name}, batch {subject.batch}", found
 
 
 def sampling_rows(device, args):
@@ -349,10 +328,8 @@ def main():
             rows[row] = found
             seconds = f"{found['first_s']:.4f} / {found['second_s']:.4f}" if "first_s" in found else ""
             line = f"{row:72}{found['median']:9.3f}{found['least']:9.3f} -{found['most']:7.3f}{seconds:>22}"
-            if "tflops" in found:
-                peak = found["share_of_bf16_peak"] or 0
-                line += f"  {found['tflops']:.0f} TFLOP/s, {peak:.0%} of the bf16 peak"
-            print(line, flush=True)
+            rate = f"  {found['tflops']:.3g} TFLOP/s" if "tflops" in found else ""
+            print(line + rate, flush=True)
     if args.json:
         write_json(args.json, {"device": name, "torch": torch.__version__, "rows": rows})
 

@@ -301,10 +301,6 @@ def refusals(path, kind):
 # Published EDM networks as flow teachers
 # ------------------------------------------------------------------------------------------------------------
 
-UNSUPPORTED = {
-    "VPPrecond": "the VP preconditioner", "VEPrecond": "the VE preconditioner",
-    "iDDPMPrecond": "the iDDPM preconditioner", "DhariwalUNet": "the ADM network",
-}
 FIXED = {  # attributes of the layers, whose other values would change the velocity and no weight's shape
     "num_heads": (0, 1), "skip_scale": (math.sqrt(0.5),), "eps": (1e-6,), "adaptive_scale": (False,),
     "max_positions": (10000,), "endpoint": (True,),
@@ -327,15 +323,14 @@ def read_edm(path):
         inner = outer.state["_modules"]["model"]
         check_variant(outer, inner)
         weights = {f"net.{name}": tensor for name, tensor in inner.tensors().items()}  # names in EDMVelocity
-        shapes = {name: tensor.size for name, tensor in weights.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         network = edm_config(shapes, outer.state)
-        return build_with_weights(network, shapes, lambda name: weights[name].read()), network
+        return build_with_weights(network, shapes, weights.get), network
 
 
 def check_variant(outer, inner):
     """Raises InputError for other preconditioners and networks, and names what EDMUNet does not do."""
-    found = {module.class_name for module in (outer, inner)} - {"EDMPrecond", "SongUNet"}
-    kinds = [UNSUPPORTED.get(name, name) for name in sorted(found)]
+    kinds = sorted({outer.class_name, inner.class_name} - {"EDMPrecond", "SongUNet"})
     for prefix, module in inner.modules():
         if module.class_name == "FourierEmbedding":
             kinds.append("the Fourier embedding of NCSN++")

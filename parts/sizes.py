@@ -1,9 +1,9 @@
 """Whether what a command line asks for can fit into memory at all, told before anything is allocated."""
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 import fgm
@@ -16,7 +16,7 @@ def memory_of(device):
     """Bytes of memory of a GPU; of this machine, or of the container that we run in, for a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = psutil.virtual_memory().total
     with suppress(OSError, ValueError):  # no such file, or "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total

@@ -1,14 +1,19 @@
 """Reading the pickles in which EDM's networks are published, trusting nothing in them.
 
-A pickle is a program. The interpreter here knows only the opcodes and functions that these files need, and
-makes plain values and the classes below of them: nothing in a file reaches torch or numpy. A tensor stays a
-description until its shape has been checked against its bytes in the file, and against the network.
+A pickle is a program. Here it runs on Python's own machine for pickles, of which it gets the opcodes that
+these files need; the names in it stand for the functions below. Nothing reaches torch or numpy before it has
+been checked.
+
+The machine is pickle's in Python, pickle._Unpickler. A file can end the one in C, pickle.Unpickler, and
+nothing that it calls could prevent it: the hash of a deeply nested tuple, as a key, overflows the stack,
+and ten bytes that name memo place 2^28 make it allocate 4 GB.
 """
 
 import io
 import math
 import os
-import pickletools
+import pickle
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +22,7 @@ import torch
 from fgm import InputError
 
 LARGEST = 2**31  # bytes of a file; published are 0.25e9
-OPERATIONS = 400_000  # opcodes of a file, those in its tensors' headers included; published have some 100,000
+READS = 300_000  # of a file, one or more an opcode; published have some 130,000
 ENTRIES, LONGEST = 100_000, 200  # a file can name one module along very many paths, and very long ones
 
 SCALARS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
@@ -34,24 +39,6 @@ def shown(value):
         return ascii(value[:100])[:100]
     number = value is None or type(value) in (int, float, bool)
     return ascii(value)[:100] if number else f"a {type(value).__name__}"
-
-
-class Bounded:
-    """A file that refuses to read beyond its end, before it allocates what was asked for."""
-
-    def __init__(self, file, size):
-        self.file, self.left = file, size
-
-    def read(self, size):
-        if size > self.left:
-            raise EOFError("it is cut short")
-        self.left -= size
-        return self.file.read(size)
-
-    def readline(self):
-        line = self.file.readline()
-        self.left -= len(line)
-        return line
 
 
 class Module:
@@ -79,68 +66,28 @@ class Module:
         return found
 
     def tensors(self):
-        """{name: Tensor} of the parameters and buffers of this module and those inside."""
+        """{name: tensor, a view} of the parameters and buffers of this module and those inside."""
         found = {}
         for prefix, module in self.modules():
             own = module.state["_parameters"] | module.state["_buffers"]
             found |= {prefix + name: value for name, value in own.items() if value is not None}
-        if any(type(value) is not Tensor for value in found.values()):
+        if any(type(value) is not torch.Tensor for value in found.values()):
             raise InputError("a parameter in it is no tensor")
-        contents = {id(value.storage.content): value.storage.content for value in found.values()}
-        if sum(value.nbytes() for value in found.values()) > sum(map(len, contents.values())):
+        storages = {value.data_ptr(): value.untyped_storage().nbytes() for value in found.values()}
+        if sum(value.nbytes for value in found.values()) > sum(storages.values()):
             raise InputError("its tensors claim more bytes than it holds")
         return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a file may call
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Dtype(NamedTuple):
     """A numpy dtype, one of SCALARS."""
 
     name: str
-
-
-class Storage(NamedTuple):
-    """The numbers of dtype in content, a bytes object, from position to its end."""
-
-    dtype: torch.dtype
-    content: bytes
-    position: int
-    numbers: int
-
-
-class Tensor(NamedTuple):
-    """A view of a storage, checked to lie within it and to have no gaps."""
-
-    storage: Storage
-    offset: int
-    size: tuple
-    stride: tuple
-
-    def nbytes(self):
-        return math.prod(self.size) * self.storage.dtype.itemsize
-
-    def read(self):
-        """The tensor itself: one copy of its part of the file."""
-        first = self.storage.position + self.offset * self.storage.dtype.itemsize
-        content = bytearray(memoryview(self.storage.content)[first:first + self.nbytes()])
-        return torch.frombuffer(content, dtype=self.storage.dtype).as_strided(self.size, self.stride)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The functions that a file may call
-# ------------------------------------------------------------------------------------------------------------
-
-
-def persistent_object(meta):
-    """torch_utils.persistence's constructor, without the source text in meta["module_src"]."""
-    return Module(meta["class_name"], meta["state"])
-
-
-def module_dict():
-    return Module("ModuleDict")
-
-
-def ordered_dict():
-    return {}
 
 
 def dtype(name, align=False, copy=True):
@@ -156,157 +103,144 @@ def scalar(kind, content):
     return np.frombuffer(content, f"<{kind.name}")[0].item()
 
 
+def storage(outer, content):
+    """The numbers [N] that torch.save wrote in its legacy format, five small pickles before them.
+
+    outer: the Bounded file that content comes from, of which each byte is read here only once."""
+    if type(content) is not bytes:
+        raise InputError("a tensor in it has no bytes")
+    outer.inside -= len(content)
+    if outer.inside < 0:
+        raise InputError("its tensors are read from the same bytes again and again")
+    file = Bounded(io.BytesIO(content), len(content), outer.reads)
+    magic, version, machine, stored, keys = (Unpickler(file, STORAGES).load() for _ in range(5))
+    word, kind, key, _, numbers, view = stored  # _ is the device
+    right = (magic, version) == LEGACY_FORMAT and machine["little_endian"] is True and word == "storage"
+    right = right and type(kind) is torch.dtype and type(key) is str and keys == [key] and view is None
+    if not right:
+        raise InputError("a tensor in it is not in the format of EDM's files")
+    written = int.from_bytes(file.read(8), "little")
+    if type(numbers) is not int or written != numbers or numbers * kind.itemsize != file.left:
+        raise InputError(f"a tensor in it claims {written} numbers of {kind} and has {file.left} bytes")
+    return torch.frombuffer(bytearray(file.read(file.left)), dtype=kind)
+
+
 def tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
-    if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple:
+    """A view of a storage, checked to lie within it and to have no gaps."""
+    if type(storage) is not torch.Tensor or type(size) is not tuple or type(stride) is not tuple:
         raise InputError("a tensor in it has no storage, size or stride")
     numbers = [offset, *size, *stride]
     if len(size) != len(stride) or len(size) > 4 or any(type(n) is not int or n < 0 for n in numbers):
         raise InputError("a tensor in it has an impossible offset, size or stride")
     span = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 in size or span != math.prod(size) or offset + span > storage.numbers:
+    if 0 in size or span != math.prod(size) or offset + span > storage.numel():
         raise InputError("a tensor in it has gaps, or reaches outside its storage")
-    return Tensor(storage, offset, size, stride)
+    return storage.as_strided(size, stride, offset)
 
 
-def parameter(data, requires_grad=False, hooks=None):
-    return data
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The interpreter
-# ------------------------------------------------------------------------------------------------------------
-
-NUMBERS_AND_TEXTS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-    "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
+FUNCTIONS = {  # and torch.storage._load_from_bytes
+    "torch_utils.persistence._reconstruct_persistent_obj":  # without the source text in meta["module_src"]
+        lambda meta: Module(meta["class_name"], meta["state"]),
+    "torch.nn.modules.container.ModuleDict": lambda: Module("ModuleDict"),
+    "collections.OrderedDict": lambda: {},
+    "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
+    "torch._utils._rebuild_tensor_v2": tensor, "numpy.dtype": dtype,
+    "numpy.core.multiarray.scalar": scalar, "numpy._core.multiarray.scalar": scalar,
 }
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+
+# ------------------------------------------------------------------------------------------------------------
+# The machine
+# ------------------------------------------------------------------------------------------------------------
 
 
-def find(module, name, names):
-    """What a global stands for."""
-    if type(module) is not str or type(name) is not str:
-        raise InputError("it names a global by what is no text")
-    if f"{module}.{name}" not in names:
-        what = shown(f"{module}.{name}")
-        raise InputError(f"it names {what}, which no EDM network needs; nothing was executed")
-    return names[f"{module}.{name}"]
+class Bounded:
+    """A file of size bytes that refuses to be read beyond its end, before it allocates what was asked for,
+    and more often than the iterator reads has items."""
+
+    def __init__(self, file, size, reads):
+        self.file, self.left, self.inside, self.reads = file, size, size, reads
+
+    def read(self, size):
+        if size > self.left:
+            raise EOFError("it is cut short")
+        if next(self.reads, None) is None:
+            raise InputError(f"its operations take more than {READS} reads, more than any EDM network's")
+        self.left -= size
+        return self.file.read(size)
+
+    def readline(self):
+        line = self.file.readline()
+        self.left -= len(line)
+        return line
 
 
-def add_items(target, items):
-    """Put items into a list, a set, or (key, value, key, ...) a dict. Only texts are keys: the hash of a
-    deeply nested tuple overflows the stack, and whole numbers can be chosen to have all the same hash."""
-    keys = {list: [], set: items, dict: items[::2]}.get(type(target))
-    if keys is None or any(type(key) is not str for key in keys):
-        raise InputError(f"it puts into a {type(target).__name__} what no EDM network does")
-    if type(target) is list:
-        target.extend(items)
-    elif type(target) is set:
-        target.update(items)
-    else:
-        target.update(zip(keys, items[1::2], strict=True))
+class Opcodes(dict):
+    """{code: method of the machine} of the opcodes that EDM's files need."""
+
+    def __missing__(self, code):
+        raise InputError(f"it uses the pickle opcode {code}, which no EDM network needs")
 
 
-def set_state(target, state):
-    """What BUILD may set: the state of a module, once; and of a dtype, what it has anyway."""
-    if type(target) is Module and target.state is None:
-        target.state = Module(target.class_name, state).state
-    elif type(target) is not Dtype or state[1] not in ("<", "|", "=") or state[2:5] != (None, None, None):
-        raise InputError(f"it sets the state of a {type(target).__name__} to what no EDM network has")
+class Unpickler(pickle._Unpickler):
+    """Reads one pickle from a Bounded file: load. names: what its globals stand for."""
 
+    def __init__(self, file, names):
+        super().__init__(file)
+        self.names = names
+        if names is STORAGES:
+            self.persistent_load = tuple  # a storage's description, as it stands; elsewhere there is none
 
-class Unpickler:
-    """Reads pickles: load. The operations of all that one Unpickler reads count together."""
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.names:
+            what = shown(f"{module}.{name}")
+            raise InputError(f"it names {what}, which no EDM network needs; nothing was executed")
+        return self.names[f"{module}.{name}"]
 
-    def __init__(self):
-        self.operations, self.storages = 0, {}  # {id of the bytes: Storage}: each is read only once
-        self.functions = {
-            "torch_utils.persistence._reconstruct_persistent_obj": persistent_object,
-            "torch.nn.modules.container.ModuleDict": module_dict, "collections.OrderedDict": ordered_dict,
-            "torch._utils._rebuild_parameter": parameter, "torch._utils._rebuild_tensor_v2": tensor,
-            "torch.storage._load_from_bytes": self.storage, "numpy.dtype": dtype,
-            "numpy.core.multiarray.scalar": scalar, "numpy._core.multiarray.scalar": scalar,
-        }
+    def skip_frame(self):
+        self.read(8)  # its length: every read goes to the file, and counts
 
-    def storage(self, content):
-        """The Storage that torch.save wrote in its legacy format: five small pickles, then the numbers."""
-        if type(content) is not bytes:
-            raise InputError("a tensor in it has no bytes")
-        if id(content) in self.storages:
-            return self.storages[id(content)]
-        file = Bounded(io.BytesIO(content), len(content))
-        magic, version, machine, stored, keys = (self.load(file, STORAGES) for _ in range(5))
-        word, kind, key, _, numbers, view = stored  # _ is the device
-        right = (magic, version) == LEGACY_FORMAT and machine["little_endian"] is True and word == "storage"
-        right = right and type(kind) is torch.dtype and type(key) is str and keys == [key] and view is None
-        if not right:
-            raise InputError("a tensor in it is not in the format of EDM's files")
-        written = int.from_bytes(file.read(8), "little")
-        if type(numbers) is not int or written != numbers or numbers * kind.itemsize != file.left:
-            raise InputError(f"a tensor in it claims {written} numbers of {kind} and has {file.left} bytes")
-        self.storages[id(content)] = Storage(kind, content, len(content) - file.left, numbers)
-        return self.storages[id(content)]
+    def call(self):
+        """REDUCE, NEWOBJ. Only find_class gives what can be called."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if type(arguments) is not tuple:
+            raise InputError("it calls a function without a tuple of arguments")
+        self.append(function(*arguments))
 
-    def load(self, file, names):
-        """The value of the next pickle in a Bounded file; names: what its globals stand for."""
-        stack, outer, memo = [], [], {}
-        for opcode, argument, _ in pickletools.genops(file):
-            self.operations += 1
-            if self.operations > OPERATIONS:
-                raise InputError(f"it has more than {OPERATIONS} operations, more than any EDM network")
-            name = opcode.name
-            if name in NUMBERS_AND_TEXTS:
-                stack.append(argument)
-            elif name in CONSTANTS:
-                stack.append(CONSTANTS[name])
-            elif name in EMPTY:
-                stack.append(EMPTY[name]())
-            elif name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            elif name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument] = stack[-1]
-            elif name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[argument])
-            elif name == "MARK":
-                outer.append(stack)
-                stack = []
-            elif name == "TUPLE":
-                items, stack = tuple(stack), outer.pop()
-                stack.append(items)
-            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-                start = len(stack) - int(name[-1])
-                stack[start:] = [tuple(stack[start:])]
-            elif name in ("APPENDS", "ADDITEMS", "SETITEMS"):
-                items, stack = stack, outer.pop()
-                add_items(stack[-1], items)
-            elif name == "APPEND":
-                item = stack.pop()
-                add_items(stack[-1], [item])
-            elif name == "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                add_items(stack[-1], [key, value])
-            elif name == "GLOBAL":
-                stack.append(find(*argument.split(" "), names))
-            elif name == "STACK_GLOBAL":
-                word, module = stack.pop(), stack.pop()
-                stack.append(find(module, word, names))
-            elif name in ("REDUCE", "NEWOBJ"):
-                arguments, function = stack.pop(), stack.pop()
-                if type(arguments) is not tuple:
-                    raise InputError("it calls a function without a tuple of arguments")
-                stack.append(function(*arguments))  # only find puts anything on the stack that can be called
-            elif name == "BUILD":
-                state = stack.pop()
-                set_state(stack[-1], state)
-            elif name == "STOP":
-                if len(stack) != 1 or outer:
-                    raise InputError("it ends before its values do")
-                return stack[0]
-            elif name == "BINPERSID" and names is STORAGES:
-                continue  # what it says of the storage stays on the stack
-            elif name not in ("PROTO", "FRAME"):
-                raise InputError(f"it uses the pickle opcode {name}, which no EDM network needs")
+    def build(self):
+        """BUILD sets the state of a module, once; and of a dtype, what it has anyway."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is Module and target.state is None:
+            target.state = Module(target.class_name, state).state
+        elif type(target) is not Dtype or state[1] not in ("<", "|", "=") or state[2:5] != (None, None, None):
+            raise InputError(f"it sets the state of a {type(target).__name__} to what no EDM network has")
+
+    def put(self, items):
+        """Put items into a set, or (key, value, key, ...) into a dict. Only texts are keys: others can be
+        chosen whose hashes take for ever, overflow the stack, or are all the same."""
+        target = self.stack[-1]
+        keys = {set: items, dict: items[::2]}.get(type(target))
+        if keys is None or any(type(key) is not str for key in keys):
+            raise InputError(f"it puts into a {type(target).__name__} what no EDM network does")
+        target.update(items if type(target) is set else zip(keys, items[1::2], strict=True))
+
+    def put_many(self):
+        self.put(self.pop_mark())
+
+    def put_one(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.put([key, value])
+
+    needed = """PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE
+        BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+        EMPTY_LIST APPEND APPENDS EMPTY_DICT EMPTY_SET MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL
+        STACK_GLOBAL BINPERSID"""
+    dispatch = Opcodes({
+        pickle.FRAME[0]: skip_frame, pickle.REDUCE[0]: call, pickle.NEWOBJ[0]: call, pickle.BUILD[0]: build,
+        pickle.SETITEM[0]: put_one, pickle.SETITEMS[0]: put_many, pickle.ADDITEMS[0]: put_many,
+    })
+    for name in needed.split():
+        code = getattr(pickle, name)[0]
+        dispatch[code] = pickle._Unpickler.dispatch[code]
 
 
 def read_pickle(path):
@@ -315,8 +249,9 @@ def read_pickle(path):
         size = os.fstat(file.fileno()).st_size
         if size > LARGEST:
             raise InputError(f"it has {size} bytes, published EDM networks at most {LARGEST}")
-        unpickler, file = Unpickler(), Bounded(file, size)
-        content = unpickler.load(file, unpickler.functions)
+        file = Bounded(file, size, iter(range(READS)))
+        names = FUNCTIONS | {"torch.storage._load_from_bytes": partial(storage, file)}
+        content = Unpickler(file, names).load()
         if file.left:
             raise InputError(f"{file.left} bytes follow its end")
         return content

@@ -21,10 +21,9 @@ from test_images import folder
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-import bench
 import cifar
 import fgm
-from parts import memory, progress, run
+from parts import progress, run
 from parts.edm import Conv, EDMUNet, EDMVelocity, GroupNorm, load_edm, load_network
 from parts.images import draw_images, load_images, pixel_frechet
 
@@ -129,47 +128,6 @@ def test_norms_stay_in_bfloat16_under_the_rules_of_cuda():
 
 
 # Memory
-
-
-@pytest.mark.parametrize("phase", ["scoring", "a distillation step", "a teacher step"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_memory_estimate_against_the_allocator(bf16, phase):
-    if bf16 and phase == "a teacher step" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this CPU computes the gradients of bfloat16 weights by way of float32 copies")
-    cpu = torch.device("cpu")
-    subject = bench.digits(cpu, 64)
-    need = memory.needs(subject.net, subject.shape, 10, bf16)
-    estimate = memory.phases(need, bf16, micro_batch=64, drawn=100)
-    x, t, labels = torch.randn(100, 1, 8, 8), torch.rand(100), torch.eye(10)[torch.arange(100) % 10]
-
-    def teach():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            subject.net(x[:64], t[:64], labels[:64]).sum().backward()
-
-    def draw():
-        with torch.no_grad():
-            subject.net(x, t, labels)
-
-    phases = {  # the passes, and what lies there already: networks, moments, averages, gradients
-        "scoring": (draw, 3 + 1),
-        "a distillation step": (bench.bare_passes(subject, "bf16" if bf16 else "fp32"), 3 + 2 + 1 + 2),
-        "a teacher step": (teach, 3 + 2 + 1 + 1),
-    }
-    passes, held = phases[phase]
-    for net in subject[:3]:
-        net.train(phase == "a teacher step")
-        for p in net.parameters():
-            p.grad = torch.zeros_like(p)
-    activations = estimate[phase] - held * need.weights
-    assert bench.peak_bytes(passes, cpu) == pytest.approx(activations, rel=0.1)
-
-
-def test_the_micro_batch_is_the_largest_divisor_that_fits():
-    """Steps of 8 weights, three graphs an image and a tenth to spare; drawing has no part in it."""
-    need = memory.Needs(weights=1.0, training=2.0, kept=1.0, drawing=1e9)
-    available = {math.inf: 48, (8 + 3 * 24) / 0.9: 24, (8 + 3 * 23.9) / 0.9: 16, 1: 1}
-    found = [memory.largest_micro_batch(48, free, need, bf16=False) for free in available]
-    assert found == [*available.values()]
 
 
 def test_memory_that_distillation_lacks_is_missed_before_the_teacher_trains(tmp_path, monkeypatch, capfd):
