@@ -28,29 +28,32 @@ def model_folder(model):
     return folder
 
 
+SMALL = ["model_index.json"]
+SMALL += [f"{name}/*{suffix}" for name in COMPONENTS for suffix in (".json", ".txt", ".model")]
+ALL = SMALL + [f"{name}/*.safetensors" for name in COMPONENTS]
+
+
 def fetch(model, names, **options):
     """The folder of a hub id's snapshot in the hub's cache, with the files of these names."""
     from huggingface_hub import snapshot_download
 
-    unwanted = ["*.bin", "*fp16*", "*.msgpack", "*.h5"]
-    return Path(snapshot_download(model, allow_patterns=names, ignore_patterns=unwanted, **options))
+    return Path(snapshot_download(model, allow_patterns=names, ignore_patterns=["*fp16*"], **options))
 
 
 def in_the_cache(model):
     """The folder of a hub id's pipeline if the hub's cache holds all of it, else None; without network."""
     with suppress(Exception):  # the hub's errors have no common base
-        folder = fetch(model, None, local_files_only=True)
+        folder = fetch(model, ALL, local_files_only=True)
         check_pipeline(folder, model)
         return folder
 
 
 def download(model):
     """model_folder for a hub id that is not in the cache: first what tells its kind, then the weights."""
-    small = [f"{name}/*{suffix}" for name in COMPONENTS for suffix in (".json", ".txt", ".model")]
     try:
-        folder = fetch(model, ["model_index.json", "README.md", "LICENSE*", *small])
+        folder = fetch(model, [*SMALL, "README.md", "LICENSE*"])
         check_kind(folder, model)
-        fetch(model, [f"{name}/*" for name in COMPONENTS])
+        fetch(model, ALL)
     except InputError:
         raise
     except Exception as error:  # the hub's errors have no common base

@@ -232,6 +232,7 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
     with torch.device("meta"):
         net = SD3Transformer2DModel.from_config(config)
         weights = trained = sum(p.numel() for p in net.parameters())
+        places = sum(buffer.numel() for buffer in net.buffers())  # the table of positions
         if lora_rank:
             add_lora(net, lora_rank, ("flow",))
             trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -241,6 +242,7 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
 
     # Frozen weights; weights and Adam's second moment (beta1 is 0) of flow and generator; one's average.
     state = weights * number + 2 * trained * 8 + trained * (4 if ema else 0)
+    tables = places * (number if lora_rank else number + 8)  # every network has its own
     unsharded = 2 * weights / config["num_layers"] * number if processes > 1 else 0
 
     def graph(recipe, samples=1, casts=bf16 and not lora_rank and processes == 1):
@@ -263,7 +265,7 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
     moments = [(learning,), (learning, learning), (learning, *read)]
     activations = max(sum(kept for kept, _ in graphs) + graphs[-1][1] for graphs in moments)
     return {
-        "weights, Adam, EMA": state / processes,
+        "weights, Adam, EMA": state / processes + tables,
         "gradients": 8 * trained / processes,
         "unsharded blocks": unsharded,
         "activations": activations,
