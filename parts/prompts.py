@@ -162,12 +162,14 @@ def fill(cache, files, made_of, load, encode):
     missing, load = [path for path in paths if path not in there], functools.cache(load)
 
     def header(path, rows):
-        return made_of | {"rows": hashlib.sha256(path.name.encode() + save(rows)).hexdigest()}
+        rows = hashlib.sha256(path.name.encode() + save(rows)).hexdigest()
+        return {"about": json.dumps(made_of | {"rows": rows})}
 
     def check(path):
         with opened(path) as file:
             tensors, found = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        differs = ", ".join(what for what in made_of if found.get(what) != made_of[what])
+            about = dict(json.loads(found.get("about", "{}")))
+        differs = ", ".join(what for what in made_of if about.get(what) != made_of[what])
         if differs:
             raise InputError(f"{cache} holds rows for another {differs}: remove it, or name another folder")
         if found != header(path, tensors):
@@ -257,14 +259,19 @@ def load_component(folder, name, dtype):
 
 def load_pipeline(folder, networks, device, dtype):
     """A StableDiffusion3Pipeline with these of its networks. Raises InputError if they cannot be loaded."""
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     parts = {path.name for path in Path(folder).iterdir()}  # T5 and its tokenizer may be absent
     loaded = {name: None for name in ("transformer", "vae", *ENCODERS)}
     loaded |= {name: load_component(folder, name, dtype) for name in networks if name in parts}
     loaded |= {name: None for name in {"tokenizer_3"} - parts}
     try:
-        return StableDiffusion3Pipeline.from_pretrained(folder, **loaded, use_safetensors=True).to(device)
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, **loaded, use_safetensors=True).to(device)
+        if pipe.transformer is None:  # without weights: without T5 it is asked for the width of a text
+            with torch.device("meta"):
+                config = SD3Transformer2DModel.load_config(Path(folder) / "transformer")
+                pipe.transformer = SD3Transformer2DModel.from_config(config)
+        return pipe
     except Exception as error:  # the libraries raise what they like
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"cannot load the pipeline {folder} ({reason})") from error

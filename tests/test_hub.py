@@ -31,7 +31,7 @@ class Answer(BaseHTTPRequestHandler):
         sizes = {file.relative_to(hub.folder).as_posix(): file.stat().st_size for file in files}
         if hub.fault in ("GatedRepo", "RepoNotFound"):
             self.answer(404, b"", {"X-Error-Code": hub.fault})
-        elif hub.fault and path.endswith(hub.fault):
+        elif hub.fault and path.endswith(hub.fault) and self.command == "GET":
             self.answer(500, b"")
         elif "/resolve/" in path:
             name = path.partition(f"/resolve/{COMMIT}/")[2]

@@ -463,33 +463,38 @@ def test_command_writes_what_it_promises(finished):
         assert (out / name).stat().st_size > 100
 
 
-def test_samples_are_those_of_the_stock_pipeline_which_never_holds_two_of_its_parts(finished, monkeypatch):
+def test_samples_are_the_stock_pipelines_and_no_two_parts_are_there_at_once(finished, models, monkeypatch):
     """Text encoders, transformer and VAE: while one computes, no other one lives."""
     from diffusers import StableDiffusion3Pipeline
 
     out, _ = finished
     groups = {"text": (CLIPTextModelWithProjection, T5EncoderModel), "transformer": SD3Transformer2DModel,
               "vae": AutoencoderKL}
-    seen = []
+    seen, noise = [], torch.zeros(1)
 
     def watch(module, inputs):
         for name, kinds in groups.items():
             if isinstance(module, kinds):
                 gc.collect()
-                seen.append((name, {other for other, kinds in groups.items()
-                                    if any(isinstance(thing, kinds) and thing is not module
-                                           and next(thing.parameters()).device.type != "meta"
-                                           for thing in gc.get_objects()) and other != name}))
+                there = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
+                there = [thing for thing in there if next(thing.parameters(), noise).device.type != "meta"]
+                alive = {other for other in groups for thing in there if isinstance(thing, groups[other])}
+                seen.append((name, alive - {name}))
 
     decode = AutoencoderKL.decode
-    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, *given: (watch(vae, ()), decode(vae, *given))[1])
+
+    def watched(vae, *given, **settings):
+        watch(vae, given)
+        return decode(vae, *given, **settings)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", watched)
     with torch.nn.modules.module.register_module_forward_pre_hook(watch):
         done = drive_here(sd3, "--out", out, "--sample", "the digit 7", "--n", 2)
     assert done.returncode == 0 and (out / "sample.png").exists(), done.stderr
     assert {name for name, _ in seen} == set(groups) and all(not others for _, others in seen), seen
     texts = ["the digit 7", "4"]
-    ours = torch.stack(list(draw(out / "pipeline", texts, 3, 2.0, (32, 32), CPU, torch.float32)))
-    pipe = StableDiffusion3Pipeline.from_pretrained(out / "pipeline")
+    ours = torch.stack(list(draw(models["3.5-medium"], texts, 3, 2.0, (32, 32), CPU, torch.float32)))
+    pipe = StableDiffusion3Pipeline.from_pretrained(models["3.5-medium"])
     z = noise_from(torch.arange(2), (16, 4, 4), CPU)
     settings = dict(num_inference_steps=3, guidance_scale=2.0, latents=z, height=32, width=32)
     assert (ours - 255 * pipe(texts, **settings, output_type="pt").images).abs().max() < 1
@@ -634,21 +639,24 @@ def test_memory_estimate_counts_the_state():
         estimate = memory_estimate(config, lora_rank, True, True, 1, 128, 128, 333, 4.0, processes, ema)
         return estimate["weights, Adam, EMA"] + estimate["gradients"]
 
-    weights = 2_028_328_000  # as published: 2.03 billion
+    weights, places = 2_028_328_000, 192**2 * 1536  # as published: 2.03 billion; the table of positions
     alone = state(medium, None, 1, True)
-    assert alone == pytest.approx(weights * (2 + 2 * 8 + 4 + 8), rel=0.001) and alone < 61e9
-    assert state(medium, None, 2, True) == pytest.approx(alone / 2, rel=0.001)
+    expected = weights * (2 + 2 * 8 + 4 + 8) + places * (2 + 4 + 4)
+    assert alone == pytest.approx(expected, rel=0.001) and alone < 62e9
+    assert state(medium, None, 2, True) == pytest.approx(weights * 15 + places * 10, rel=0.001)
     # Eight square layers, two feed-forward parts of two layers with 1 and 4 times the width.
     block = 64 * 1536 * (2 * 4 * 2 + 2 * 2 * 5)
     missing = 64 * 1536 * (2 + 2 * 5)  # the last block's text stream ends with its attention
-    expected = weights * 2 + (24 * block - missing) * (2 * 8 + 8)
+    expected = (weights + places) * 2 + (24 * block - missing) * (2 * 8 + 8)
     assert state(medium, 64, 1, False) == pytest.approx(expected, rel=0.001)
     # SD3.5-medium: in 13 blocks a second attention (four layers, three modulations); norms of q and k.
     second = 13 * (4 * (1536 + 1) * 1536 + 3 * (1536 + 1) * 1536) + 64 * (24 * 4 + 13 * 2)
     larger = medium | dict(dual_attention_layers=tuple(range(13)), qk_norm="rms_norm", pos_embed_max_size=384)
-    assert state(larger, None, 1, True) == pytest.approx((weights + second) * 30, rel=0.001)
-    assert state(larger, 64, 1, False) - 2 * (weights + second) == pytest.approx(
-        (24 * block - missing + 13 * 64 * 1536 * 4 * 2) * 24, rel=0.001)
+    expected = (weights + second) * 30 + 4 * places * 10
+    assert state(larger, None, 1, True) == pytest.approx(expected, rel=0.001)
+    adapters = 24 * block - missing + 13 * 64 * 1536 * 4 * 2
+    expected = (weights + second + 4 * places) * 2 + adapters * 24
+    assert state(larger, 64, 1, False) == pytest.approx(expected, rel=0.001)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 16])
@@ -673,8 +681,9 @@ def test_memory_estimate_counts_what_the_learners_keep(models, lora_rank):
     conditions = lambda seeds: cond  # noqa: E731
     fgm.distill(teacher, generator, flow, (16, 4, 4), steps=1, batch=1, conditions=conditions, run=Watch())
     estimate = memory_estimate(config, lora_rank, False, False, 1, 4, 4, 8, 1, 1, True)
-    base = flow.shared[0] if lora_rank else teacher
-    frozen = sum(p.nbytes for p in base.parameters() if not p.requires_grad)
+    nets = flow.shared if lora_rank else (teacher, flow, net)
+    frozen = sum(p.nbytes for p in nets[0].parameters() if not p.requires_grad)
+    frozen += sum(buffer.nbytes for velocity in nets for buffer in velocity.buffers())
     expected = estimate["weights, Adam, EMA"] + estimate["gradients"]
     assert sum(kept.values()) + frozen == pytest.approx(expected, rel=0.001)
 
