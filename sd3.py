@@ -23,27 +23,26 @@ FGM draws t from are --t-flow and --t-generator):
     3-medium                4, the paper's      24, no, no
     3.5-medium              4.5, its card's     24, yes, in the first 13
     3.5-large               3.5, its card's     38, yes, no
-    anything else           4
 """
 
 import argparse
 import math
 import time
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import fgm
 from fgm import InputError
 from parts import flags, hub, pipeline, run
-from parts.captions import digit_of, judge
+from parts.captions import digit_of, is_miniature, judge
 from parts.card import write_card
 from parts.flags import COUNT, Setting
 from parts.gan import GAN
 from parts.images import save_grid, save_samples
 from parts.mmdit import networks, print_memory
-from parts.prompts import Embeddings, digest_of, encode_prompts, grammar, read_prompts
+from parts.prompts import Embeddings, digest_of, encode_prompts, find_prompts
 from parts.real import encode_images, load_real
 from parts.sizes import check_sizes
 
@@ -72,7 +71,7 @@ MODEL_FLAGS = {
     "height": Setting(int, COUNT, "of the images, in pixels"),
     "width": Setting(int, COUNT, "of the images, in pixels"),
 }
-OUT_FLAG = {"out": Setting(str, None, "output folder")}
+RUN_FLAGS = {"out": Setting(str, None, "output folder"), **flags.RUN_FLAGS, **flags.PICTURE_FLAG}
 RECIPE_FLAGS = {
     "paper": Setting(bool, None, "the paper's settings, not the miniature's, on a miniature too"),
     "checkpointing": Setting(argparse.BooleanOptionalAction, None,
@@ -99,10 +98,6 @@ SCORE_FLAGS = {
 }
 
 
-def is_miniature(folder):
-    return (Path(folder) / "tiny_sd3.json").exists()
-
-
 def defaults(given):
     """The settings that are not given: the paper's, with the model's guidance, or the miniature's."""
     if is_miniature(given.model) and not given.paper:
@@ -115,12 +110,11 @@ def arguments():
     parser = flags.Parser(
         prog="sd3.py",
         description="Distil Stable Diffusion 3 into a one-step pipeline (FGM, arXiv 2410.19310).",
-        epilog="The defaults are the paper's for SD3, but for what it does not give: --kimg, --ema, "
-               "t in the GAN (here --t-flow), intervals, samples. Name a folder of tiny_sd3.py with --model "
-               "to see the miniature's.")
+        epilog="The defaults are the paper's, but for what it does not give: --kimg, --ema, t in the GAN (here "
+               "--t-flow), intervals, samples. Name a folder of tiny_sd3.py with --model to see its defaults.")
     groups = {
         "model and prompts": MODEL_FLAGS,
-        "run": OUT_FLAG | flags.RUN_FLAGS | flags.PICTURE_FLAG | RECIPE_FLAGS,
+        "run": RUN_FLAGS | RECIPE_FLAGS,
         "distillation (on a GPU the default micro-batch is 4)": METHOD_FLAGS | flags.DISTILLATION_FLAGS,
         "GAN (appendix B.2)": GAN_FLAGS,
         "scores, and drawing samples from a finished run": SCORE_FLAGS,
@@ -157,7 +151,7 @@ def draw_from_run(args, device, dtype):
         source, steps, guidance = out / "pipeline", 1, 0
     if not source.is_dir():
         raise InputError(f"{source} does not exist: the run has not finished, or --out names another folder")
-    size = (args.height, args.width)
+    size = args.height, args.width
     if not args.ode_steps and (out / "config.json").exists():
         try:
             settings = run.read_json(out / "config.json")["settings"]
@@ -176,16 +170,8 @@ def draw_from_run(args, device, dtype):
     print(f"{args.n} images: {out}/sample.png")
 
 
-class Source(NamedTuple):
-    """What a run starts from: the pipeline's folder, its transformer's configuration, the shape of a latent;
-    prompts; paths and captions of real images, if any."""
-
-    folder: Path
-    config: dict
-    shape: tuple
-    prompts: list
-    paths: list
-    captions: list
+# The pipeline's folder, its transformer's configuration, the shape of a latent; prompts; real images.
+Source = namedtuple("Source", "folder config shape prompts paths captions")
 
 
 def read_source(args, device):
@@ -198,38 +184,13 @@ def read_source(args, device):
         args.checkpointing = device.type == "cuda"
     check_sizes(args, device)
     folder = hub.model_folder(args.model)
-    config = pipeline.described(folder, "transformer").config
-    shape = latent_shape(args, folder, config)
+    config, size = pipeline.described(folder, "transformer").config, (args.height, args.width)
+    shape = pipeline.latent_shape(folder, size)
     check_sizes(args, device, math.prod(shape), scored=2 * 3 * args.height * args.width)
-    prompts = find_prompts(args, folder)
-    if is_miniature(folder):
-        for prompt in prompts:
-            digit_of(prompt)  # raises now, not at the scores, for one that names no digit
-    paths, captions = load_real(args.real, (args.height, args.width)) if args.real else ([], [])
-    return Source(folder, config, shape, prompts, paths, captions)
-
-
-def find_prompts(args, folder):
-    """The prompts of --prompts, else of the model's own prompts.txt, else of the grammar."""
-    if args.prompts:
-        return read_prompts(args.prompts)
-    if (folder / "prompts.txt").exists():
-        return read_prompts(folder / "prompts.txt")
-    prompts = grammar()
-    if fgm.process_rank() == 0:
-        print(f"no --prompts given: {len(prompts)} prompts from the built-in grammar, such as {prompts[0]!r}")
-    return prompts
-
-
-def latent_shape(args, folder, config):
-    """(channels, height, width) of a latent; config: the transformer's. Raises InputError if too large."""
-    scale = pipeline.vae_scale(folder)
-    height, width = args.height // scale, args.width // scale
-    largest, patch = config["pos_embed_max_size"], config["patch_size"]
-    if max(height // patch, width // patch) > largest:
-        raise InputError(f"{args.height}x{args.width} is larger than {args.model} can make: "
-                         f"its largest side is {largest * patch * scale}")
-    return config["in_channels"], height, width
+    prompts = find_prompts(args.prompts, folder)
+    for prompt in prompts if is_miniature(folder) else ():
+        digit_of(prompt)  # raises now, not at the scores, for one that names no digit
+    return Source(folder, config, shape, prompts, *(load_real(args.real, size) if args.real else ((), ())))
 
 
 def make_gan(args, source, device, dtype, out):
@@ -239,10 +200,9 @@ def make_gan(args, source, device, dtype, out):
     latents = encode_images(source.folder, source.paths, size, source.shape, out / "latents", device, dtype)
     embeddings = Embeddings(out / "captions", len(source.captions), device)
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    grid = (source.shape[1] // config["patch_size"], source.shape[2] // config["patch_size"])
-    weights = args.gan_generator, args.gan_discriminator
-    gan = GAN(width, grid, latents, embeddings, args.t_flow, *weights).to(device)
-    run.shard(gan.head)
+    grid = [side // config["patch_size"] for side in source.shape[1:]]
+    gan = GAN(width, grid, latents, embeddings, args.t_flow, args.gan_generator, args.gan_discriminator)
+    run.shard(gan.to(device).head)
     return gan
 
 
@@ -276,25 +236,19 @@ def make_run(args, source, teacher, embeddings, gan, device, bf16, out):
 def score(args, source, embeddings, device, dtype, out):
     """Draw with unmodified diffusers, and write pictures: {sampler: {score: value}}.
 
-    The samplers are the source pipeline, with 28 steps and with 1, and OUT/pipeline. On the miniature the
-    digits are judged as well; other models have no metric here (see --geneval). Seconds are those of the
-    transformer: embeddings are there already, and the VAE is the same for all."""
+    The samplers are the source pipeline, with 28 steps and with 1, and OUT/pipeline. On the miniature digits
+    are judged; other models have no metric here (see --geneval). Seconds are those of the transformer."""
     samplers = {
         "teacher, 28 steps": (source.folder, 28, args.guidance),
         "teacher, 1 step": (source.folder, 1, args.guidance),
-        "one step": (out / "pipeline", 1, 0),
-    }
-    rows, drawn, miniature = {}, {}, is_miniature(source.folder)
-    seeds, prompts = range(args.seed, args.seed + args.samples), source.prompts
-
-    def conditions(indices):
-        return embeddings(indices % len(prompts))
-
+        "one step": (out / "pipeline", 1, 0)}
+    rows, drawn, prompts, miniature = {}, {}, source.prompts, is_miniature(source.folder)
+    text = (lambda indices: embeddings(indices % len(prompts))), embeddings.null
+    seeds, batch = range(args.seed, args.seed + args.samples), 50 if miniature else 4
     for name, (folder, steps, guidance) in samplers.items():
         size, what = (args.height, args.width), f"scoring: {name}"
         latents, seconds = pipeline.draw_latents(
-            folder, conditions, embeddings.null, seeds, steps, guidance, size, device, dtype,
-            50 if miniature else 4, what)
+            folder, *text, seeds, steps, guidance, size, device, dtype, batch, what)
         images = torch.stack(list(pipeline.decode(folder, latents, device, dtype, what)))
         rows[name] = {"seconds_per_image": seconds / len(images)}
         drawn[name] = images[:240:8] if miniature else images[:8]
@@ -344,7 +298,7 @@ def main():
     if fgm.process_rank() == 0:
         print_memory(args, source.folder, source.config, source.shape, bf16, device)
     torch.manual_seed(args.seed)
-    cache = Path(args.embeddings or out / "embeddings")
+    cache = args.embeddings or out / "embeddings"
     encode_prompts(source.folder, source.prompts, cache, device, dtype)
     embeddings = Embeddings(cache, len(source.prompts), device)
     gan = make_gan(args, source, device, dtype, out) if args.real else None

@@ -251,8 +251,7 @@ def draw_latents(folder, conditions, null, seeds, steps, guidance, size, device,
     with bar(f"loading {folder}"):
         pipe = load_pipeline(folder, ["transformer"], device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    (height, width), scale, found = size, vae_scale(folder), []
-    shape, began = (pipe.transformer.config.in_channels, height // scale, width // scale), time.perf_counter()
+    shape, found, began = latent_shape(folder, size), [], time.perf_counter()
     for i in batches(len(seeds), batch, what):
         noise = noise_from(torch.tensor(seeds[i : i + batch]), shape, device).to(dtype)
         cond = conditions(torch.arange(i, i + len(noise)))
@@ -263,14 +262,19 @@ def draw_latents(folder, conditions, null, seeds, steps, guidance, size, device,
             texts |= {f"negative_{name}": value.expand_as(text) for (name, text), value in empty}
         with torch.no_grad():
             output = pipe(**texts, num_inference_steps=steps, guidance_scale=guidance, latents=noise,
-                          height=height, width=width, output_type="latent")
+                          height=size[0], width=size[1], output_type="latent")
         found.append(output.images.cpu())
     return torch.cat(found), time.perf_counter() - began
 
 
-def vae_scale(folder):
-    """Pixels of an image for one of a latent."""
-    return 2 ** (len(described(folder, "vae").config.block_out_channels) - 1)
+def latent_shape(folder, size):
+    """(channels, height, width) of an image's latent; size: (H, W). Raises InputError if it is too large."""
+    config, (height, width) = described(folder, "transformer").config, size
+    scale = 2 ** (len(described(folder, "vae").config.block_out_channels) - 1)
+    largest = config.pos_embed_max_size * config.patch_size * scale
+    if max(height, width) > largest:
+        raise InputError(f"{height}x{width} is larger than {folder} can make: its largest side is {largest}")
+    return config.in_channels, height // scale, width // scale
 
 
 @torch.no_grad()

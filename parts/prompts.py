@@ -105,6 +105,16 @@ def grammar(n=8192, seed=0):
     return list(found)
 
 
+def find_prompts(path, folder):
+    """The prompts of a file, else of the model's own prompts.txt in its folder, else of the grammar."""
+    if path or (folder / "prompts.txt").exists():
+        return read_prompts(path or folder / "prompts.txt")
+    prompts = grammar()
+    if fgm.process_rank() == 0:
+        print(f"no --prompts given: {len(prompts)} prompts from the built-in grammar, such as {prompts[0]!r}")
+    return prompts
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Rows of tensors, encoded once into files: embeddings of prompts, latents of images
 # ------------------------------------------------------------------------------------------------------------

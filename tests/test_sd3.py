@@ -214,10 +214,10 @@ if __name__ == "__main__":
 def test_two_processes_move_the_weights_as_one(models, tmp_path, monkeypatch):
     """With Adam's epsilon far above the gradients, a step moves each weight by its gradient times a constant.
 
-    Both recipes on all shapes; the micro-batches are of the same samples."""
+    Both recipes, on the shape that has all kinds of blocks; the micro-batches are of the same samples."""
     (tmp_path / "ranks.py").write_text(RANKS)
     encode_prompts(models["3-medium"], PROMPTS, tmp_path / "cache", CPU, torch.float32)
-    arguments = tmp_path / "cache", tmp_path / "moved.pt", *models.values()
+    arguments = tmp_path / "cache", tmp_path / "moved.pt", models["3.5-medium"]
     done = drive(tmp_path / "ranks.py", *arguments, processes=2, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "moved.pt")
@@ -226,7 +226,7 @@ def test_two_processes_move_the_weights_as_one(models, tmp_path, monkeypatch):
     spec.loader.exec_module(ranks)
     monkeypatch.setattr(prompts, "ROWS_PER_FILE", 128)
     embeddings = Embeddings(tmp_path / "cache", 240, CPU)
-    assert len(found) == 6
+    assert len(found) == 2
     for (model, lora_rank), shared in found.items():
         alone = ranks.moved(Path(model), embeddings, lora_rank, tmp_path / "moved.pt")
         for part in ("flow.", "net.", "gan."):
@@ -475,7 +475,6 @@ def test_samples_are_the_stock_pipelines_and_no_two_parts_are_there_at_once(fini
     def watch(module, inputs):
         for name, kinds in groups.items():
             if isinstance(module, kinds):
-                gc.collect()
                 there = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
                 there = [thing for thing in there if next(thing.parameters(), noise).device.type != "meta"]
                 alive = {other for other in groups for thing in there if isinstance(thing, groups[other])}
