@@ -110,8 +110,8 @@ def arguments():
     parser = flags.Parser(
         prog="sd3.py",
         description="Distil Stable Diffusion 3 into a one-step pipeline (FGM, arXiv 2410.19310).",
-        epilog="The defaults are the paper's, but for what it does not give: --kimg, --ema, t in the GAN (here "
-               "--t-flow), intervals, samples. Name a folder of tiny_sd3.py with --model to see its defaults.")
+        epilog="The defaults are the paper's, but for what it does not give: --kimg, --ema, t in the GAN "
+               "(--t-flow), intervals, samples. With a folder of tiny_sd3.py in --model, the miniature's.")
     groups = {
         "model and prompts": MODEL_FLAGS,
         "run": RUN_FLAGS | RECIPE_FLAGS,
@@ -318,7 +318,6 @@ def main():
     coefficients = generator.coefficients()
     del teacher, flow, net, generator, gan  # the device is for the pipelines now
     if fgm.process_rank() == 0:
-        torch.cuda.empty_cache()
         began = time.perf_counter()
         rows = score(args, source, embeddings, device, dtype, out)
         seconds = {"distillation": distill_seconds, "scores": time.perf_counter() - began}

@@ -18,6 +18,7 @@ from parts.images import frechet_distance, refuse_link_out, save_grid, to_uint8
 from parts.progress import scores
 from parts.prompts import (
     encoded,
+    free_memory,
     load_component,
     load_pipeline,
     read_json_lines,
@@ -248,6 +249,7 @@ def draw_latents(folder, conditions, null, seeds, steps, guidance, size, device,
     """(latents [N, 16, h, w] of N seeds, on the CPU; seconds spent drawing), by unmodified diffusers.
 
     conditions(indices [B]), null: as Embeddings gives them, for index i and seed seeds[i]."""
+    free_memory()
     with bar(f"loading {folder}"):
         pipe = load_pipeline(folder, ["transformer"], device, dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -281,6 +283,7 @@ def latent_shape(folder, size):
 def decode(folder, latents, device, dtype, what=None):
     """uint8 images [3, H, W] of latents [N, 16, h, w], one after the other, by the pipeline's VAE, which is
     loaded for it."""
+    free_memory()
     vae = load_component(folder, "vae", dtype).to(device)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     for i in batches(len(latents), 1, what and f"{what}, decoding"):

@@ -1,6 +1,7 @@
 """Prompts for Stable Diffusion 3: read from files or made by a grammar, and encoded once, into files."""
 
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -192,7 +193,7 @@ def fill(cache, files, made_of, load, encode):
     shared(check, there, f"reading {cache}" if there else None)
     shared(make, missing, f"encoding, for {cache}" if missing else None)
     load.cache_clear()
-    torch.cuda.empty_cache()
+    free_memory()
 
 
 @contextmanager
@@ -265,6 +266,12 @@ def load_component(folder, name, dtype):
     if missing:
         raise InputError(f"{Path(folder) / name} lacks {len(missing)} of its weights, {missing[0]} the first")
     return network
+
+
+def free_memory():
+    """Give back what is not used any more: pipelines, whose objects refer to each other in circles, too."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def load_pipeline(folder, networks, device, dtype):
