@@ -38,6 +38,7 @@ from fgm import InputError
 from parts import flags, hub, pipeline, run
 from parts.captions import digit_of, is_miniature, judge
 from parts.card import write_card
+from parts.files import open_folder
 from parts.flags import COUNT, Setting
 from parts.gan import GAN
 from parts.images import save_grid, save_samples
@@ -166,7 +167,7 @@ def draw_from_run(args, device, dtype):
         target = out / (f"geneval-{steps}-steps" if args.ode_steps else "geneval")
         return pipeline.geneval(args.geneval, target, draw)
     images = torch.stack(list(draw([args.sample] * args.n)))
-    save_grid(run.open_folder(out) / "sample.png", images, min(args.n, 8))
+    save_grid(open_folder(out) / "sample.png", images, min(args.n, 8))
     print(f"{args.n} images: {out}/sample.png")
 
 
@@ -294,7 +295,7 @@ def main():
         return
 
     # The source pipeline, prompts and real images; prompts and images are encoded once.
-    source, out = read_source(args, device), run.open_folder(args.out)
+    source, out = read_source(args, device), open_folder(args.out)
     if fgm.process_rank() == 0:
         print_memory(args, source.folder, source.config, source.shape, bf16, device)
     torch.manual_seed(args.seed)

@@ -21,11 +21,12 @@ import fgm
 from fgm import InputError
 from parts.bars import bar, batches
 from parts.captions import PROMPTS, SIZE, captioned_digits, captions, judge
+from parts.files import atomically, open_folder, write_json
 from parts.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
 from parts.images import save_grid, to_uint8
 from parts.mmdit import SD3Velocity
 from parts.pipeline import draw, quiet
-from parts.run import atomically, command, open_folder, write_json
+from parts.run import command
 from parts.sizes import check_memory
 
 TRANSFORMER = dict(

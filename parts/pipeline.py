@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fgm
 from fgm import InputError
 from parts.bars import bar, batches
+from parts.files import atomically, open_folder, save_tensors
 from parts.images import frechet_distance, refuse_link_out, save_grid, to_uint8
 from parts.progress import scores
 from parts.prompts import (
@@ -24,7 +25,7 @@ from parts.prompts import (
     read_json_lines,
     text_of,
 )
-from parts.run import atomically, noise_from, open_folder, read_json, save_tensors
+from parts.run import noise_from, read_json
 
 # ------------------------------------------------------------------------------------------------------------
 # The source pipeline

@@ -16,7 +16,8 @@ import torch.distributed as dist
 import fgm
 from fgm import InputError
 from parts.bars import bar
-from parts.run import moved, open_folder, save_tensors
+from parts.files import open_folder, save_tensors
+from parts.run import moved
 
 # ------------------------------------------------------------------------------------------------------------
 # Prompts

@@ -10,6 +10,7 @@ import torch
 
 import fgm
 from fgm import InputError
+from parts.files import open_folder
 from parts.images import channels_first, image_files, read_image, to_float
 from parts.prompts import (
     Rows,
@@ -24,7 +25,6 @@ from parts.prompts import (
     shared,
     text_of,
 )
-from parts.run import open_folder
 
 IMAGES, TEXTS, TABLES = (".png", ".jpg", ".jpeg", ".webp"), (".txt", ".caption"), (".jsonl", ".csv")
 

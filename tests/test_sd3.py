@@ -24,6 +24,7 @@ import fgm
 import sd3
 from parts import pipeline, progress, prompts
 from parts.captions import PROMPTS, captioned_digits, captions, judge
+from parts.files import save_tensors
 from parts.gan import GAN
 from parts.images import to_uint8
 from parts.mmdit import memory_around, memory_estimate, networks
@@ -37,7 +38,7 @@ from parts.prompts import (
     load_component,
     load_pipeline,
 )
-from parts.run import noise_from, save_tensors
+from parts.run import noise_from
 
 SMALL = [
     "--kimg", "0.048", "--batch", "8", "--samples", "6", "--save-every", "3", "--picture-every", "6",
