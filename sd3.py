@@ -43,7 +43,7 @@ from parts.flags import COUNT, Setting
 from parts.gan import GAN
 from parts.images import save_grid, save_samples
 from parts.mmdit import networks, print_memory
-from parts.prompts import Embeddings, digest_of, encode_prompts, find_prompts
+from parts.prompts import Embeddings, digest_of, encode_prompts, find_prompts, free_memory
 from parts.real import encode_images, load_real
 from parts.sizes import check_sizes
 
@@ -166,8 +166,7 @@ def draw_from_run(args, device, dtype):
     if args.geneval:
         target = out / (f"geneval-{steps}-steps" if args.ode_steps else "geneval")
         return pipeline.geneval(args.geneval, target, draw)
-    images = torch.stack(list(draw([args.sample] * args.n)))
-    save_grid(open_folder(out) / "sample.png", images, min(args.n, 8))
+    save_grid(open_folder(out) / "sample.png", torch.stack(list(draw([args.sample] * args.n))), min(args.n, 8))
     print(f"{args.n} images: {out}/sample.png")
 
 
@@ -318,6 +317,7 @@ def main():
     pipeline.export(source.folder, generator, args.lora, dtype, out)
     coefficients = generator.coefficients()
     del teacher, flow, net, generator, gan  # the device is for the pipelines now
+    free_memory()
     if fgm.process_rank() == 0:
         began = time.perf_counter()
         rows = score(args, source, embeddings, device, dtype, out)

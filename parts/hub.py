@@ -9,6 +9,7 @@ import torch.distributed as dist
 import fgm
 from fgm import InputError
 from parts.pipeline import COMPONENTS, check_kind, check_pipeline
+from parts.processes import first_process
 
 
 def model_folder(model):
@@ -18,14 +19,12 @@ def model_folder(model):
     if Path(model).is_dir():
         check_pipeline(Path(model), model)
         return Path(model)
-    # One process of each machine downloads; the others then find it there.
-    downloads = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    for turn in (True, False):
-        if downloads == turn:
+    folder = first_process(lambda: in_the_cache(model) or download(model))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", fgm.world_size())) < fgm.world_size():  # on other machines, too
+        if int(os.environ["LOCAL_RANK"]) == 0:
             folder = in_the_cache(model) or download(model)
-        if fgm.world_size() > 1:
-            dist.barrier()
-    return folder
+        dist.barrier()
+    return folder or in_the_cache(model)
 
 
 SMALL = ["model_index.json"]

@@ -250,7 +250,6 @@ def draw_latents(folder, conditions, null, seeds, steps, guidance, size, device,
     """(latents [N, 16, h, w] of N seeds, on the CPU; seconds spent drawing), by unmodified diffusers.
 
     conditions(indices [B]), null: as Embeddings gives them, for index i and seed seeds[i]."""
-    free_memory()
     with bar(f"loading {folder}"):
         pipe = load_pipeline(folder, ["transformer"], device, dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -267,7 +266,10 @@ def draw_latents(folder, conditions, null, seeds, steps, guidance, size, device,
             output = pipe(**texts, num_inference_steps=steps, guidance_scale=guidance, latents=noise,
                           height=size[0], width=size[1], output_type="latent")
         found.append(output.images.cpu())
-    return torch.cat(found), time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    del pipe, output
+    free_memory()
+    return torch.cat(found), seconds
 
 
 def latent_shape(folder, size):
@@ -284,7 +286,6 @@ def latent_shape(folder, size):
 def decode(folder, latents, device, dtype, what=None):
     """uint8 images [3, H, W] of latents [N, 16, h, w], one after the other, by the pipeline's VAE, which is
     loaded for it."""
-    free_memory()
     vae = load_component(folder, "vae", dtype).to(device)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     for i in batches(len(latents), 1, what and f"{what}, decoding"):

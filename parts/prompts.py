@@ -350,6 +350,7 @@ def encoded(folder, prompts, device, dtype):
     rows = torch.tensor([places[prompt] for prompt in prompts])
     with bar("encoding prompts"):
         columns = encode(load_pipeline(folder, ENCODERS, device, dtype), texts, device, dtype, 256)
+    free_memory()
 
     def conditions(indices):
         return {name: moved(value[rows[indices]], device) for name, value in columns.items()}
