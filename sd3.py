@@ -1,7 +1,5 @@
 """Stable Diffusion 3 in one step: its MM-DiT distilled by FGM (arXiv 2410.19310, section 5.2, appendix B.2).
 
-The result is a pipeline that unmodified diffusers runs.
-
     python tiny_sd3.py --out runs/tiny-sd3          # a miniature SD3, no GPU, no network ...
     python sd3.py --model runs/tiny-sd3             # ... and the whole method on it
     torchrun --nproc-per-node 8 sd3.py              # SD3-medium, the paper's settings
@@ -166,7 +164,8 @@ def draw_from_run(args, device, dtype):
     if args.geneval:
         target = out / (f"geneval-{steps}-steps" if args.ode_steps else "geneval")
         return pipeline.geneval(args.geneval, target, draw)
-    save_grid(open_folder(out) / "sample.png", torch.stack(list(draw([args.sample] * args.n))), min(args.n, 8))
+    images = torch.stack(list(draw([args.sample] * args.n)))
+    save_grid(open_folder(out) / "sample.png", images, min(args.n, 8))
     print(f"{args.n} images: {out}/sample.png")
 
 
