@@ -1,7 +1,5 @@
 """Stable Diffusion 3 in one step: its MM-DiT distilled by FGM (arXiv 2410.19310, section 5.2, appendix B.2).
 
-The result is a pipeline that unmodified diffusers runs.
-
     python tiny_sd3.py --out runs/tiny-sd3          # a miniature SD3, no GPU, no network ...
     python sd3.py --model runs/tiny-sd3             # ... and the whole method on it
     torchrun --nproc-per-node 8 sd3.py              # SD3-medium, the paper's settings
@@ -15,26 +13,37 @@ The run writes OUT/pipeline; afterwards only diffusers is needed:
 
 Prompts are encoded once (parts/prompts.py), the networks are made in one of two memory recipes
 (parts/mmdit.py), distilled (fgm.py), exported and scored (parts/pipeline.py).
+
+What differs by --model (all sample with shift 3, which is the teacher's own and read from its scheduler; what
+FGM draws t from are --t-flow and --t-generator):
+
+    in the model's name     --guidance          blocks, norms of q and k, second attention
+    3-medium                4, the paper's      24, no, no
+    3.5-medium              4.5, its card's     24, yes, in the first 13
+    3.5-large               3.5, its card's     38, yes, no
 """
 
 import argparse
-import itertools
 import math
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import torch
 
 import fgm
 from fgm import InputError
-from parts import flags, pipeline, run
-from parts.captions import digit_of, judge
+from parts import flags, hub, pipeline, run
+from parts.captions import digit_of, is_miniature, judge
 from parts.card import write_card
+from parts.files import open_folder
 from parts.flags import COUNT, Setting
+from parts.gan import GAN
 from parts.images import save_grid, save_samples
-from parts.mmdit import GAN, memory_estimate, networks
-from parts.prompts import Embeddings, encode_prompts, grammar, read_prompts
-from parts.sizes import check_memory, check_sizes
+from parts.mmdit import networks, print_memory
+from parts.prompts import Embeddings, digest_of, encode_prompts, find_prompts, free_memory
+from parts.real import encode_images, load_real
+from parts.sizes import check_sizes
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -44,13 +53,14 @@ from parts.sizes import check_memory, check_sizes
 PAPER = dict(
     model="stabilityai/stable-diffusion-3-medium-diffusers", height=1024, width=1024, out="runs/sd3",
     save_every=250, log_every=10, picture_every=250, guidance=4.0, kimg=1920, batch=192, lr=5e-6,
-    flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8,
-    c_skip=1.0, l1_weight=0.0, weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0,
-    flow_updates=1, one_pass=True, gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
+    flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8, c_skip=1.0,
+    l1_weight=0.0, weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0,
+    flow_updates=1, gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
 TINY = PAPER | dict(
     height=32, width=32, save_every=100, picture_every=100, kimg=3.2, batch=24, lr=2e-3, flow_lr=4e-3,
     lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=1.0, t_generator=(0.0, 2.0), samples=500)
+GUIDANCE = {"3.5-medium": 4.5, "3.5-large": 3.5}  # by what a model's name holds; see the table above
 
 MODEL_FLAGS = {
     "model": Setting(str, None, "hub id, or folder of a StableDiffusion3Pipeline"),
@@ -60,7 +70,7 @@ MODEL_FLAGS = {
     "height": Setting(int, COUNT, "of the images, in pixels"),
     "width": Setting(int, COUNT, "of the images, in pixels"),
 }
-OUT_FLAG = {"out": Setting(str, None, "output folder")}
+RUN_FLAGS = {"out": Setting(str, None, "output folder"), **flags.RUN_FLAGS, **flags.PICTURE_FLAG}
 RECIPE_FLAGS = {
     "paper": Setting(bool, None, "the paper's settings, not the miniature's, on a miniature too"),
     "checkpointing": Setting(argparse.BooleanOptionalAction, None,
@@ -72,7 +82,7 @@ METHOD_FLAGS = {
     "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
 }
 GAN_FLAGS = {
-    "real": Setting(str, None, "real images, captions in metadata.jsonl or NAME.txt; turns the GAN on",
+    "real": Setting(str, None, "real images, captions in metadata.jsonl, .csv or NAME.txt; turns the GAN on",
                     metavar="DIR"),
     "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss, both per element"),
     "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss, both per element"),
@@ -87,20 +97,23 @@ SCORE_FLAGS = {
 }
 
 
-def is_miniature(folder):
-    return (Path(folder) / "tiny_sd3.json").exists()
+def defaults(given):
+    """The settings that are not given: the paper's, with the model's guidance, or the miniature's."""
+    if is_miniature(given.model) and not given.paper:
+        return TINY
+    known = [scale for name, scale in GUIDANCE.items() if name in Path(given.model).name]
+    return PAPER | {"guidance": known[0] if known else PAPER["guidance"]}
 
 
 def arguments():
     parser = flags.Parser(
         prog="sd3.py",
         description="Distil Stable Diffusion 3 into a one-step pipeline (FGM, arXiv 2410.19310).",
-        epilog="The defaults are the paper's for SD3, but for what it does not give: --kimg, --ema, "
-               "t in the GAN (here --t-flow), intervals, samples. Name a folder of tiny_sd3.py with --model "
-               "to see the miniature's.")
+        epilog="The defaults are the paper's, but for what it does not give: --kimg, --ema, t in the GAN "
+               "(--t-flow), intervals, samples. With a folder of tiny_sd3.py in --model, the miniature's.")
     groups = {
         "model and prompts": MODEL_FLAGS,
-        "run": OUT_FLAG | flags.RUN_FLAGS | flags.PICTURE_FLAG | RECIPE_FLAGS,
+        "run": RUN_FLAGS | RECIPE_FLAGS,
         "distillation (on a GPU the default micro-batch is 4)": METHOD_FLAGS | flags.DISTILLATION_FLAGS,
         "GAN (appendix B.2)": GAN_FLAGS,
         "scores, and drawing samples from a finished run": SCORE_FLAGS,
@@ -113,7 +126,7 @@ def arguments():
     of_teacher = dict.fromkeys(["model", "guidance", "height", "width"], ["ode_steps"])
     meaningful = [*of_teacher, "ode_steps", "out", "seed", "device", "precision"]
     args = parser.parse_with(
-        lambda given: TINY if is_miniature(given.model) and not given.paper else PAPER,
+        defaults,
         lambda args: always | (of_teacher if args.sample or args.geneval else {}),
         {"sample": [*meaningful, "n"], "geneval": meaningful})
     if args.height % 16 or args.width % 16:
@@ -132,116 +145,115 @@ def draw_from_run(args, device, dtype):
     """--sample and --geneval: images of the run in OUT, or with --ode-steps of the teacher."""
     out = Path(args.out)
     if args.ode_steps:
-        source, steps, guidance = pipeline.model_folder(args.model), args.ode_steps, args.guidance
+        source, steps, guidance = hub.model_folder(args.model), args.ode_steps, args.guidance
     else:
         source, steps, guidance = out / "pipeline", 1, 0
     if not source.is_dir():
         raise InputError(f"{source} does not exist: the run has not finished, or --out names another folder")
-    size = (args.height, args.width)
+    size = args.height, args.width
     if not args.ode_steps and (out / "config.json").exists():
         try:
             settings = run.read_json(out / "config.json")["settings"]
             size = (int(settings["height"]), int(settings["width"]))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{out}/config.json is damaged: it does not tell the images' size") from error
-    pipe = pipeline.open_pipeline(source, device, dtype)
+
+    def draw(prompts):
+        return pipeline.draw(source, prompts, steps, guidance, size, device, dtype, args.seed, 4, "drawing")
+
     if args.geneval:
         target = out / (f"geneval-{steps}-steps" if args.ode_steps else "geneval")
-        return pipeline.geneval(pipe, args.geneval, target, steps, guidance, size, args.seed)
-    images = pipeline.draw(pipe, [args.sample] * args.n, steps, guidance, size, args.seed, batch=4)
-    save_grid(run.open_folder(out) / "sample.png", images, min(args.n, 8))
+        return pipeline.geneval(args.geneval, target, draw)
+    images = torch.stack(list(draw([args.sample] * args.n)))
+    save_grid(open_folder(out) / "sample.png", images, min(args.n, 8))
     print(f"{args.n} images: {out}/sample.png")
 
 
-def settle(args, device):
-    """Fill in the defaults that depend on the device. Raises InputError for a batch that does not divide."""
+# The pipeline's folder, its transformer's configuration, the shape of a latent; prompts; real images.
+Source = namedtuple("Source", "folder config shape prompts paths captions")
+
+
+def read_source(args, device):
+    """The Source that the flags name, all of it checked; defaults that depend on the device are filled in.
+
+    A collective call. Raises InputError for what cannot be had, or is not as it must be."""
     if args.micro_batch is None and device.type == "cuda":
         args.micro_batch = 4
     if args.checkpointing is None:
         args.checkpointing = device.type == "cuda"
     check_sizes(args, device)
+    folder = hub.model_folder(args.model)
+    config, size = pipeline.described(folder, "transformer").config, (args.height, args.width)
+    shape = pipeline.latent_shape(folder, size)
+    check_sizes(args, device, math.prod(shape), scored=2 * 3 * args.height * args.width)
+    prompts = find_prompts(args.prompts, folder)
+    for prompt in prompts if is_miniature(folder) else ():
+        digit_of(prompt)  # raises now, not at the scores, for one that names no digit
+    return Source(folder, config, shape, prompts, *(load_real(args.real, size) if args.real else ((), ())))
 
 
-def find_prompts(args, folder):
-    """The prompts of --prompts, else of the model's own prompts.txt, else of the grammar."""
-    if args.prompts:
-        return read_prompts(args.prompts)
-    if (folder / "prompts.txt").exists():
-        return read_prompts(folder / "prompts.txt")
-    prompts = grammar()
-    if fgm.process_rank() == 0:
-        print(f"no --prompts given: {len(prompts)} prompts from the built-in grammar, such as {prompts[0]!r}")
-    return prompts
-
-
-def latent_shape(args, folder, config):
-    """(channels, height, width) of a latent; config: the transformer's. Raises InputError if too large."""
-    scale = 2 ** (len(run.read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
-    height, width = args.height // scale, args.width // scale
-    largest, patch = config["pos_embed_max_size"], config["patch_size"]
-    if max(height // patch, width // patch) > largest:
-        raise InputError(f"{args.height}x{args.width} is larger than {args.model} can make: "
-                         f"its largest side is {largest * patch * scale}")
-    return config["in_channels"], height, width
-
-
-def print_memory(args, folder, config, bf16, shape, device):
-    """The memory that a process needs, by phase, and in a step by what it is for.
-
-    Raises InputError if half of it is more than the device has: it is an estimate."""
-    processes, tokenizer = fgm.world_size(), run.read_json(folder / "tokenizer" / "tokenizer_config.json")
-    text_tokens = tokenizer["model_max_length"] + 256  # CLIP's and T5's
-    step = memory_estimate(config, args.lora, args.checkpointing, bf16,
-                           args.micro_batch or args.batch // processes, *shape[1:], text_tokens,
-                           args.guidance, processes, args.ema is not None, args.one_pass,
-                           args.one_pass and list(args.t_flow) == list(args.t_generator))
-    phases = {"a step": sum(step.values())}
-    check_memory(f"a step with --lora {args.lora}", phases["a step"] / 2, device)
-    phases |= pipeline.memory_around(folder, bf16, (args.height, args.width), step["weights, Adam, EMA"])
-    peak = max(phases, key=phases.get)
-    for title, parts in ((f"{phases[peak] / 1e9:.2f} GB, in {peak}", phases), ("a step", step)):
-        listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
-        print(f"memory per process, estimated: {title} ({listed})")
-    if torch.cuda.is_available() and phases[peak] > (available := torch.cuda.mem_get_info()[1]):
-        print(f"that is more than the {available / 1e9:.0f} GB of the device: "
-              "try --lora 64, --micro-batch 1, --checkpointing, a smaller size, or more processes")
-
-
-def make_gan(args, folder, paths, captions, config, shape, device, dtype, out):
-    """The GAN on image files with their captions, both encoded by the pipeline in folder."""
-    encode_prompts(folder, captions, out / "captions", device, dtype)
-    size = args.height, args.width
-    latents = pipeline.encode_images(folder, paths, size, shape, out / "latents", device, dtype)
-    embeddings = Embeddings(out / "captions", len(captions), device)
+def make_gan(args, source, device, dtype, out):
+    """The GAN on image files with their captions, both encoded by the source pipeline."""
+    encode_prompts(source.folder, source.captions, out / "captions", device, dtype)
+    size, config = (args.height, args.width), source.config
+    latents = encode_images(source.folder, source.paths, size, source.shape, out / "latents", device, dtype)
+    embeddings = Embeddings(out / "captions", len(source.captions), device)
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    grid = (shape[1] // config["patch_size"], shape[2] // config["patch_size"])
-    weights = args.gan_generator, args.gan_discriminator
-    gan = GAN(width, grid, latents, embeddings, args.t_flow, *weights).to(device)
-    run.shard(gan.head)
+    grid = [side // config["patch_size"] for side in source.shape[1:]]
+    gan = GAN(width, grid, latents, embeddings, args.t_flow, args.gan_generator, args.gan_discriminator)
+    run.shard(gan.to(device).head)
     return gan
 
 
-def score(args, folder, prompts, device, dtype, out):
+def make_run(args, source, teacher, embeddings, gan, device, bf16, out):
+    """The run in OUT: its pictures, its score, and what a resumed run must share with it."""
+    prompts, few = source.prompts, min(args.samples, 32)
+
+    def draw(sampler, n, first=0):
+        """Latents [n, 16, h, w] of n prompts from all over the list, noise by seeds first, first + 1, ..."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), torch.no_grad():
+            return torch.cat([
+                sampler(run.noise_from(i + first, source.shape, device), **embeddings(i * len(prompts) // n))
+                for i in torch.arange(n).split(args.micro_batch or n)])
+
+    def judged(images):
+        return judge(images, [prompts[i * len(prompts) // few] for i in range(few)])[1]
+
+    folder_run = run.folder_run(args, out)
+    folder_run.picture = pipeline.pictures(
+        source.folder, out, teacher, draw, few, torch.bfloat16 if bf16 else torch.float32,
+        judged if is_miniature(source.folder) else None)
+    folder_run.fingerprint = {
+        "model": str(args.model), "lora": args.lora, "prompts": digest_of(prompts), "guidance": args.guidance,
+        "height": args.height, "width": args.width, "real": args.real,
+        "real_content": gan and digest_of([gan.real.names, source.captions]),
+        "gan": [args.gan_generator, args.gan_discriminator],
+        "teacher_weights": run.fingerprint_of(teacher.net)}
+    return folder_run
+
+
+def score(args, source, embeddings, device, dtype, out):
     """Draw with unmodified diffusers, and write pictures: {sampler: {score: value}}.
 
-    The samplers are the source pipeline, with 28 steps and with 1, and OUT/pipeline. On the miniature the
-    digits are judged as well; other models have no metric here (see --geneval)."""
+    The samplers are the source pipeline, with 28 steps and with 1, and OUT/pipeline. On the miniature digits
+    are judged; other models have no metric here (see --geneval). Seconds are those of the transformer."""
     samplers = {
-        "teacher, 28 steps": (folder, 28, args.guidance),
-        "teacher, 1 step": (folder, 1, args.guidance),
-        "one step": (out / "pipeline", 1, 0),
-    }
-    rows, drawn, miniature = {}, {}, is_miniature(folder)
-    for name, (source, steps, guidance) in samplers.items():
-        pipe = pipeline.open_pipeline(source, device, dtype)
-        began = time.perf_counter()
-        size, batch = (args.height, args.width), 50 if miniature else 4
-        images = pipeline.draw(pipe, prompts, steps, guidance, size, args.seed, batch, f"scoring: {name}")
-        rows[name] = {"seconds_per_image": (time.perf_counter() - began) / len(prompts)}
-        del pipe
+        "teacher, 28 steps": (source.folder, 28, args.guidance),
+        "teacher, 1 step": (source.folder, 1, args.guidance),
+        "one step": (out / "pipeline", 1, 0)}
+    rows, drawn, prompts, miniature = {}, {}, source.prompts, is_miniature(source.folder)
+    text = (lambda indices: embeddings(indices % len(prompts))), embeddings.null
+    seeds, batch = range(args.seed, args.seed + args.samples), 50 if miniature else 4
+    for name, (folder, steps, guidance) in samplers.items():
+        size, what = (args.height, args.width), f"scoring: {name}"
+        latents, seconds = pipeline.draw_latents(
+            folder, *text, seeds, steps, guidance, size, device, dtype, batch, what)
+        images = torch.stack(list(pipeline.decode(folder, latents, device, dtype, what)))
+        rows[name] = {"seconds_per_image": seconds / len(images)}
         drawn[name] = images[:240:8] if miniature else images[:8]
         if miniature:
-            rows[name]["following"], rows[name]["pixel_frechet"] = judge(images, prompts)
+            chosen = [prompts[i % len(prompts)] for i in range(len(images))]
+            rows[name]["following"], rows[name]["pixel_frechet"] = judge(images, chosen)
     save_samples(out, drawn)
     return rows
 
@@ -279,71 +291,38 @@ def main():
         if fgm.process_rank() == 0:
             draw_from_run(args, device, dtype)
         return
-    settle(args, device)
 
-    # The source pipeline, prompts and real images.
-    folder = pipeline.model_folder(args.model)
-    config = run.read_json(folder / "transformer" / "config.json")
-    shape = latent_shape(args, folder, config)
-    check_sizes(args, device, math.prod(shape), scored=2 * 3 * args.height * args.width)
-    prompts = find_prompts(args, folder)
-    if is_miniature(folder):
-        for prompt in prompts:
-            digit_of(prompt)  # raises now, not at the scores, for one that names no digit
-    paths, captions = pipeline.load_real(args.real, (args.height, args.width)) if args.real else ([], [])
-    out = run.open_folder(args.out)
+    # The source pipeline, prompts and real images; prompts and images are encoded once.
+    source, out = read_source(args, device), open_folder(args.out)
     if fgm.process_rank() == 0:
-        print_memory(args, folder, config, bf16, shape, device)
+        print_memory(args, source.folder, source.config, source.shape, bf16, device)
     torch.manual_seed(args.seed)
-    cache = Path(args.embeddings or out / "embeddings")
-    encode_prompts(folder, prompts, cache, device, dtype)
-    embeddings = Embeddings(cache, len(prompts), device)
-    gan = args.real and make_gan(args, folder, paths, captions, config, shape, device, dtype, out)
+    cache = args.embeddings or out / "embeddings"
+    encode_prompts(source.folder, source.prompts, cache, device, dtype)
+    embeddings = Embeddings(cache, len(source.prompts), device)
+    gan = make_gan(args, source, device, dtype, out) if args.real else None
 
-    # The networks.
-    teacher, flow, net = networks(folder, args.lora, args.checkpointing, bf16, device, bool(args.real))
-    generator = fgm.OneStepGenerator(net, args.t_star, args.c_in)
-
-    # Distillation, Algorithm 1.
-    guided = fgm.Guided(teacher, args.guidance, embeddings.null)
-
-    def draw(sampler, n, first=0):
-        """Latents [n, 16, h, w] of n prompts from all over the list, noise by seeds first, first + 1, ..."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), torch.no_grad():
-            return torch.cat([
-                sampler(run.noise_from(i + first, shape, device), **embeddings(i * len(prompts) // n))
-                for i in torch.arange(n).split(args.micro_batch or n)])
-
-    few = min(args.samples, 32)
-
-    def judged(images):
-        return judge(images, [prompts[i * len(prompts) // few] for i in range(few)])[1]
-
-    folder_run = run.folder_run(args, out)
-    folder_run.picture = pipeline.pictures(
-        folder, out, guided, draw, few, judged if is_miniature(folder) else None)
-    folder_run.fingerprint = {
-        "model": str(args.model), "lora": args.lora, "prompts": len(prompts), "guidance": args.guidance,
-        "height": args.height, "width": args.width, "real": args.real,
-        "gan": [args.gan_generator, args.gan_discriminator], "teacher_weights": run.fingerprint_of(teacher)}
+    # The networks, and Algorithm 1.
+    teacher, flow, net = networks(source.folder, args.lora, args.checkpointing, bf16, device, bool(args.real))
+    teacher = fgm.Guided(teacher, args.guidance, embeddings.null)
     generator, distill_seconds = fgm.distill(
-        guided, generator, flow, shape, conditions=lambda seeds: embeddings(seeds % len(prompts)), eps=1e-6,
-        extra=gan, run=folder_run,
+        teacher, fgm.OneStepGenerator(net, args.t_star, args.c_in), flow, source.shape, eps=1e-6, extra=gan,
+        conditions=lambda seeds: embeddings(seeds % len(source.prompts)),
+        run=make_run(args, source, teacher, embeddings, gan, device, bf16, out),
         **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
 
     # The files, and the scores.
     run.save_weights(generator.net, out / "generator.safetensors")
-    pipeline.export(folder, generator, args.lora, dtype, out)
+    pipeline.export(source.folder, generator, args.lora, dtype, out)
     coefficients = generator.coefficients()
-    del teacher, guided, flow, net, generator, gan, folder_run  # the device is for the pipelines now
+    del teacher, flow, net, generator, gan  # the device is for the pipelines now
+    free_memory()
     if fgm.process_rank() == 0:
-        torch.cuda.empty_cache()
         began = time.perf_counter()
-        chosen = list(itertools.islice(itertools.cycle(prompts), args.samples))
-        rows = score(args, folder, chosen, device, dtype, out)
+        rows = score(args, source, embeddings, device, dtype, out)
         seconds = {"distillation": distill_seconds, "scores": time.perf_counter() - began}
         report(args, rows, coefficients, seconds, out)
-        write_card(folder, vars(args), coefficients, len(prompts), rows, out)
+        write_card(source.folder, vars(args), coefficients, len(source.prompts), rows, out)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ import fgm
 from fgm import InputError
 from parts.bars import bar, batches
 from parts.captions import PROMPTS, SIZE, captioned_digits, captions, judge
+from parts.files import atomically, open_folder, write_json
 from parts.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
 from parts.images import save_grid, to_uint8
 from parts.mmdit import SD3Velocity
-from parts.pipeline import draw, open_pipeline, quiet
-from parts.run import atomically, command, open_folder, write_json
+from parts.pipeline import draw, quiet
+from parts.run import command
 from parts.sizes import check_memory
 
 TRANSFORMER = dict(
@@ -220,9 +221,9 @@ def main():
 
     # Draw from the saved pipeline, and judge.
     prompts = (PROMPTS * math.ceil(args.samples / len(PROMPTS)))[: args.samples]
-    pipe = open_pipeline(out, torch.device("cpu"), torch.float32)
-    started = time.perf_counter()
-    images = draw(pipe, prompts, 28, 4.0, (SIZE, SIZE), args.seed, what="scoring")
+    started, cpu = time.perf_counter(), torch.device("cpu")
+    drawn = draw(out, prompts, 28, 4.0, (SIZE, SIZE), cpu, torch.float32, args.seed, what="scoring")
+    images = torch.stack(list(drawn))
     following, distance = judge(images, prompts)
     save_grid(out / "samples.png", images[:: len(images) // 64 or 1][:64])
     ended = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -13,6 +14,10 @@ SIZE = 32  # pixels
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("{}", "the digit {}", "number {}", "a handwritten {}")
 STYLES = ("{}, thin", "{}", "{}, bold")
+
+
+def is_miniature(folder):
+    return (Path(folder) / "tiny_sd3.json").exists()
 
 
 def captions(style, digit):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from parts.run import atomically
+from parts.files import atomically
 
 CALL = """```python
 from diffusers import StableDiffusion3Pipeline

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's transformer (MM-DiT) as a velocity network, in two memory recipes; the GAN on it.
+"""Stable Diffusion 3's transformer (MM-DiT) as a velocity network, in two memory recipes, and what they need.
 
 The recipes: three transformers (teacher, online flow, generator), or one frozen base with two LoRA adapters.
 The transformer itself is diffusers' SD3Transformer2DModel, unchanged.
@@ -8,17 +8,17 @@ import contextlib
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import fgm
-from parts.prompts import load_component
-from parts.run import GATHERED_WHOLE, noise_from, shard
+from parts.pipeline import described, numbers_in, read_object
+from parts.prompts import ENCODERS, load_component
+from parts.run import GATHERED_WHOLE, shard
+from parts.sizes import check_memory, memory_of
 
 # ------------------------------------------------------------------------------------------------------------
 # SD3's transformer as a velocity network
 # ------------------------------------------------------------------------------------------------------------
 
-FOR_NOISE, FOR_T = 1, 2  # what the GAN draws from a seed that also chooses the prompt
 FEATURE_BLOCK = 2  # from 0; appendix B.2 lets the discriminator see "layer 2"
 
 
@@ -194,22 +194,45 @@ def networks(folder, lora_rank, checkpointing, bf16, device, keep_features=False
     return tuple(Adapter(shared, switch, name) for name in names) if lora_rank else velocities
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The memory of a step
+# ------------------------------------------------------------------------------------------------------------
+
+# What a block keeps for its backward pass, in numbers of its width d per token: normed inputs, q k v, the
+# attention's output, 4 d twice in the feed-forward part, ...; more for norms of q and k; a second attention
+# (image tokens alone). Without gradients of weights inputs of linear layers are not kept. Norms are float32.
+KEPT = {"in training": (21, 4, 6), "with adapters": (17, 2, 5), "frozen": (10, 2, 4)}
+KEPT_IN_BF16 = {"in training": (27, 10, 6), "with adapters": (21, 6, 5), "frozen": (14, 6, 4)}
+WORKING = 8  # in use besides, inside a block's backward pass
+
+
+def kept_by_blocks(config, kept, image_tokens, text_tokens):
+    """(numbers that all blocks keep, those of one block) for a sample; kept: a row of KEPT."""
+    block, norms, second = kept
+    norms = norms if config.get("qk_norm") else 0
+    dual, layers = len(config.get("dual_attention_layers") or ()), config["num_layers"]
+    tokens = image_tokens + text_tokens
+    last = (block + norms) * text_tokens // 2  # the last block only reads the text
+    d = config["num_attention_heads"] * config["attention_head_dim"]
+    whole = layers * (block + norms) * tokens - last + dual * (second + norms) * image_tokens
+    one = (block + norms) * tokens + (second + norms) * image_tokens * (dual > 0)
+    return whole * d, one * d
+
+
 def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height, width, text_tokens, guidance,
-                    processes, ema, one_pass=True, shared=True):
+                    processes, ema, shared=True, together=False):
     """Bytes a process needs at the peak of a step, by arithmetic: {what: bytes}.
 
-    height, width: of the latents. one_pass: as fgm.distill's, whose gradients of flow and generator live
-    together; shared: it shares the flow's pass as well. The peak is the start of the backward pass of the FGM
-    losses, when the graphs of generator, flow and teacher live together, beside accumulated gradients. What a
-    transformer block keeps for its backward pass, in numbers of its width d per token: normed inputs, q k v,
-    attention, 4 d twice in the feed-forward part, ...: 21 with weights in training, 17 with adapters, 10
-    frozen, when neither the inputs of linear layers nor what multiplies the modulation are needed; autocast's
-    float32 norms add the 2 to 4. 8 more are in use inside a block's backward pass."""
+    config: the transformer's; height, width: of the latents. shared: one pass of the flow serves both players
+    (t_flow is t_generator, no GAN); together: the graphs of flow and teacher live together (l1_weight is not
+    1, without two_graphs). The generator's graph lives through the step, and so do the gradients of generator
+    and flow. With checkpointing a graph is the inputs of blocks, one block at work."""
     from diffusers import SD3Transformer2DModel
 
     with torch.device("meta"):
         net = SD3Transformer2DModel.from_config(config)
         weights = trained = sum(p.numel() for p in net.parameters())
+        places = sum(buffer.numel() for buffer in net.buffers())  # the table of positions
         if lora_rank:
             add_lora(net, lora_rank, ("flow",))
             trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -219,77 +242,76 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
 
     # Frozen weights; weights and Adam's second moment (beta1 is 0) of flow and generator; one's average.
     state = weights * number + 2 * trained * 8 + trained * (4 if ema else 0)
-    copies = 2 * weights * (1 if checkpointing else 2) if bf16 and not lora_rank and processes == 1 else 0
+    tables = places * (number if lora_rank else number + 8)  # every network has its own
     unsharded = 2 * weights / config["num_layers"] * number if processes > 1 else 0
 
-    d = config["num_attention_heads"] * config["attention_head_dim"]
-    tokens = height * width // config["patch_size"] ** 2 + text_tokens
-    in_training, frozen = (17 if lora_rank else 21) + bf16 * (2 if lora_rank else 4), 10 + bf16 * 2
-    teachers = 2 if guidance != 1 else 1  # samples that the teacher sees for one of ours
-    at_work = max(in_training + 8, teachers * (frozen + 8)) if checkpointing else teachers * 8
-    flow = in_training if shared else frozen
-    between = 2 + teachers if checkpointing else in_training + flow + teachers * frozen
-    blocks = config["num_layers"] * tokens - text_tokens // 2  # the last block only reads the text
+    def graph(recipe, samples=1, casts=bf16 and not lora_rank and processes == 1):
+        """(bytes kept, at work in its backward pass) of a network's graph, for a micro-batch."""
+        table = KEPT_IN_BF16 if bf16 else KEPT
+        d, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+        image_tokens = height * width // config["patch_size"] ** 2
+        tokens = (image_tokens + text_tokens) * d
+        kept, one = kept_by_blocks(config, table[recipe], image_tokens, text_tokens)
+        work, copies = WORKING * tokens, 2 * weights if casts else 0  # of weights, in bfloat16
+        if checkpointing:
+            kept, work, copies = layers * tokens, work + one, copies / 2
+        return kept * samples * micro_batch * number + copies, work * samples * micro_batch * number
+
+    # The graphs that live together; the last one is differentiated.
+    learning = graph("with adapters" if lora_rank else "in training")
+    teacher = graph("frozen", 2 if guidance != 1 else 1, casts=False)
+    flow = learning if shared else graph("frozen")
+    read = (flow, teacher) if together else (teacher,)
+    moments = [(learning,), (learning, learning), (learning, *read)]
+    activations = max(sum(kept for kept, _ in graphs) + graphs[-1][1] for graphs in moments)
     return {
-        "weights, Adam, EMA": state / processes,
-        "gradients": trained * (8 if one_pass else 4) / processes,
-        "bf16 copies of weights": copies,
+        "weights, Adam, EMA": state / processes + tables,
+        "gradients": 8 * trained / processes,
         "unsharded blocks": unsharded,
-        "activations": (blocks * between + tokens * at_work) * d * number * micro_batch,
+        "activations": activations,
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The GAN of appendix B.2, optional
-# ------------------------------------------------------------------------------------------------------------
+def memory_around(folder, bf16, size, state):
+    """Bytes a process needs at the peaks before, between and after the steps, by arithmetic: {phase: bytes}.
+
+    size: (H, W) of an image; state: bytes that stay beside a picture. Text encoders, transformer and VAE are
+    never there together. The decoder's peak is in its last block, whose first layer holds its input, that
+    normalised and that activated, or, where it has no more channels than the rest, in a layer's end.
+    Activations of text encoders, and of the transformer without gradients, are not counted."""
+    number = 2 if bf16 else 4
+    text = sum(numbers_in(folder / name) for name in ENCODERS)
+    channels = described(folder, "vae").config.block_out_channels
+    decoding = size[0] * size[1] * max(3 * channels[min(1, len(channels) - 1)], 5 * channels[0])
+    vae = (numbers_in(folder / "vae") + decoding) * number
+    return {
+        "encoding prompts": text * number,
+        "a picture": state + vae,
+        "the scores": max(numbers_in(folder / "transformer") * number, vae),
+    }
 
 
-class GAN(nn.Module):
-    """A light convolutional head on the online flow's block-2 hidden states tells noised real latents from
-    noised generated ones (appendix B.2).
+def print_memory(args, folder, config, shape, bf16, device):
+    """The memory that a process of sd3.py needs, by phase and within a step. args: its settings;
+    config: the transformer's; shape: of a latent.
 
-    t is drawn from the flow's own, low-noise distribution. In the flow's update the features of generated
-    latents are those of the pass that the flow loss has just made; the real ones, and the generator's, leave
-    the network after block 2. The paper states no reduction; the weights 1e-2 and 5e-2 are taken per element,
-    as arXiv 2405.14867, which it follows, averages both losses:
-
-        FGM / D + weight * GAN   is, D times,   FGM + D * weight * GAN,   D = 16 H W numbers in a latent.
-
-    Our losses are sums over the D dimensions, hence the factor D here. Each number of x0 then feels both with
-    a strength that does not depend on the size; summed over the logits instead (1 / 256 of D at SD3's patch
-    size), the GAN's gradient at x0 would be about a thousandth of L2's. real: Rows of latents [16, H, W];
-    embeddings: of their captions; grid: (H / 2, W / 2), the network's tokens."""
-
-    def __init__(self, width, grid, real, embeddings, t_gan, generator_weight=1e-2,
-                 discriminator_weight=5e-2):
-        super().__init__()
-        inner = min(width, 256)
-        self.head = nn.Sequential(
-            nn.Conv2d(width, inner, 3, padding=1), nn.GroupNorm(8, inner), nn.SiLU(),
-            nn.Conv2d(inner, inner, 3, stride=2, padding=1), nn.GroupNorm(8, inner), nn.SiLU(),
-            nn.Conv2d(inner, 1, 3, padding=1))
-        self.grid, self.real, self.embeddings, self.t_gan = grid, real, embeddings, t_gan
-        self.weights = generator_weight, discriminator_weight
-
-    def logit(self, features):
-        b, _, d = features.shape
-        maps = features.mT.reshape(b, d, *self.grid).float()  # [B, HW/4, D] -> [B, D, H/2, W/2]
-        return self.head(maps).mean((1, 2, 3))  # [B, 1, H/4, W/4] -> [B]
-
-    def features(self, flow, x0, t, seeds, cond):
-        """Hidden states of x0, noised to t with noise that seeds choose."""
-        noise = noise_from(seeds ^ FOR_NOISE, x0.shape[1:], x0.device)
-        return flow.features_of(fgm.interpolate(x0, noise, t), t, **cond)
-
-    def flow_loss(self, flow, x0, seeds, cond):
-        chosen = seeds % len(self.real)
-        latents = self.real(chosen)["latents"].float()
-        real = self.features(flow, latents, flow.t, seeds, self.embeddings(chosen))
-        loss = F.softplus(self.logit(flow.features)) + F.softplus(-self.logit(real))
-        return x0[0].numel() * self.weights[1] * loss
-
-    def generator_loss(self, flow, x0, seeds, cond):
-        normal = noise_from(seeds ^ FOR_T, (1,), x0.device)[:, 0]  # [B, 1] -> [B]
-        t = torch.sigmoid(self.t_gan[0] + self.t_gan[1] * normal)
-        loss = F.softplus(-self.logit(self.features(flow, x0, t, seeds, cond)))
-        return x0[0].numel() * self.weights[0] * loss
+    Raises InputError if half of it is more than the device has: it is an estimate."""
+    tokenizer = read_object(folder / "tokenizer" / "tokenizer_config.json")
+    text_tokens = int(tokenizer.get("model_max_length", 77)) + 256  # CLIP's and T5's
+    shared = list(args.t_flow) == list(args.t_generator) and not args.real
+    together = args.l1_weight != 1 and not args.two_graphs
+    processes = fgm.world_size()
+    step = memory_estimate(
+        config, args.lora, args.checkpointing, bf16, args.micro_batch or args.batch // processes, *shape[1:],
+        text_tokens, args.guidance, processes, args.ema is not None, shared, together)
+    phases = {"a step": sum(step.values())}
+    check_memory(f"a step with --lora {args.lora}", phases["a step"] / 2, device)
+    kept = step["weights, Adam, EMA"] + step["gradients"]
+    phases |= memory_around(folder, bf16, (args.height, args.width), kept)
+    peak = max(phases, key=phases.get)
+    for title, parts in ((f"{phases[peak] / 1e9:.2f} GB, in {peak}", phases), ("a step", step)):
+        listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
+        print(f"memory per process, estimated: {title} ({listed})")
+    if device.type == "cuda" and phases[peak] > (available := memory_of(device)):
+        print(f"that is more than the {available / 1e9:.0f} GB of the device: "
+              "try --lora 64, --micro-batch 1, --checkpointing, a smaller size, or more processes")

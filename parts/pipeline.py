@@ -1,66 +1,43 @@
-"""Stable Diffusion 3 pipelines: the source, the exported one-step pipeline, images from and for them."""
+"""Stable Diffusion 3 pipelines: the source, the exported one-step pipeline, images from them."""
 
-import hashlib
 import json
 import math
 import os
 import shutil
-import zlib
+import time
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
 from parts.bars import bar, batches
-from parts.images import (
-    channels_first,
-    frechet_distance,
-    image_files,
-    read_image,
-    refuse_link_out,
-    save_grid,
-    to_float,
-    to_uint8,
-)
+from parts.files import atomically, open_folder, save_tensors
+from parts.images import frechet_distance, refuse_link_out, save_grid, to_uint8
 from parts.progress import scores
 from parts.prompts import (
-    ENCODERS,
-    Rows,
-    contents,
-    files_of,
-    fill,
+    encoded,
+    free_memory,
     load_component,
     load_pipeline,
     read_json_lines,
-    read_lines,
     text_of,
 )
-from parts.run import atomically, noise_from, open_folder, read_json, save_tensors
-from parts.sizes import check_memory
+from parts.run import noise_from, read_json
 
 # ------------------------------------------------------------------------------------------------------------
 # The source pipeline
 # ------------------------------------------------------------------------------------------------------------
 
-# What a component's folder must hold: its configuration, and the name of its weights.
-NETWORK, ENCODER = ("config.json", "diffusion_pytorch_model"), ("config.json", "model")
+# The components of a pipeline, and the name of their weights.
+NETWORK, ENCODER = "diffusion_pytorch_model", "model"
 COMPONENTS = {
-    "transformer": NETWORK, "vae": NETWORK, "scheduler": ("scheduler_config.json", None),
+    "transformer": NETWORK, "vae": NETWORK, "scheduler": None,
     "text_encoder": ENCODER, "text_encoder_2": ENCODER, "text_encoder_3": ENCODER,
-    "tokenizer": ("tokenizer_config.json", None), "tokenizer_2": ("tokenizer_config.json", None),
-    "tokenizer_3": ("tokenizer_config.json", None)}
+    "tokenizer": None, "tokenizer_2": None, "tokenizer_3": None}
 OPTIONAL = ("text_encoder_3", "tokenizer_3")  # T5
-# What our code reads from a configuration.
-KEYS = {
-    "transformer": {"in_channels": int, "num_layers": int, "num_attention_heads": int,
-                    "attention_head_dim": int, "patch_size": int, "pos_embed_max_size": int},
-    "tokenizer": {"model_max_length": int},
-    "vae": {"block_out_channels": list, "shift_factor": float, "scaling_factor": float}}
 
 
 def quiet():
@@ -71,37 +48,6 @@ def quiet():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-
-
-def download(model):
-    """The local folder of a hub id's pipeline. A collective call. Raises InputError if it cannot be had."""
-    from huggingface_hub import snapshot_download
-
-    # One process of each machine downloads; the others then find it there.
-    downloads = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    wanted, unwanted = ["model_index.json", "*/*"], ["*.bin", "*fp16*", "*.msgpack"]
-    try:
-        for turn in (True, False):
-            if downloads == turn:
-                folder = Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted))
-            if fgm.world_size() > 1:
-                dist.barrier()
-    except Exception as error:  # the hub's errors have no common base
-        raise InputError(
-            f"{model} is neither a folder nor a model that can be downloaded ({type(error).__name__}). "
-            "For Stable Diffusion 3, accept its licence on huggingface.co and log in with `hf auth login`; "
-            "without network, `python tiny_sd3.py --out runs/tiny-sd3` makes a small model to go on with"
-        ) from error
-    return folder
-
-
-def model_folder(model):
-    """The local folder of a pipeline, downloaded if model is a hub id.
-
-    Raises InputError if it cannot be had or is not an SD3 flow-matching pipeline."""
-    folder = Path(model) if Path(model).is_dir() else download(model)
-    check_pipeline(folder, model)
-    return folder
 
 
 def read_object(path):
@@ -115,119 +61,87 @@ def read_object(path):
     return content
 
 
-def check_pipeline(folder, model):
-    """Raise InputError unless the folder holds a whole SD3 flow-matching pipeline; model: what to call it.
-
-    That is: an index, and for each component a folder (no link out of this one) with its configuration, all
-    JSON files objects, and weights in safetensors files whose headers are sound and fit their lengths."""
+def check_kind(folder, model):
+    """The index of a pipeline; model: what to call it. Raises InputError unless it is of SD3's kind."""
     try:
-        components = read_object(folder / "model_index.json")
-        kind = components["_class_name"]
+        index = read_object(folder / "model_index.json")
+        kind = index["_class_name"]
     except (InputError, KeyError) as error:
         raise InputError(f"{model} is not a diffusers pipeline: "
                          "it has no readable model_index.json") from error
     if kind != "StableDiffusion3Pipeline":
         raise InputError(f"{model} is a {kind}; sd3.py distils StableDiffusion3Pipeline")
-    for name in COMPONENTS:
-        entry = components.get(name, [None, None])
+    return index
+
+
+def check_pipeline(folder, model):
+    """Raise InputError unless the folder holds a whole SD3 flow-matching pipeline, as far as files tell: what
+    is in them the libraries check when they load it."""
+    index = check_kind(folder, model)
+    for name, weights in COMPONENTS.items():
+        entry = index.get(name, [None, None])
         if entry == [None, None] and name in OPTIONAL:
             continue
+        # diffusers would import whatever else is named here.
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):
             raise InputError(f"model_index.json of {model} is damaged: its {name} is {json.dumps(entry)}, "
                              "not a class of diffusers or transformers")
         if not (folder / name).is_dir():
             raise InputError(f"{model} lacks its component {name}")
-        check_component(folder, name)
+        refuse_link_out(folder / name, folder)
+        if weights:
+            check_weights(folder / name, weights)
     scheduler = read_object(folder / "scheduler" / "scheduler_config.json").get("_class_name")
     if scheduler != "FlowMatchEulerDiscreteScheduler":
         raise InputError(f"{model} samples with {scheduler}: "
                          "it is no flow-matching model (v = noise - data), which FGM needs")
+    described(folder, "transformer")
+    if described(folder, "vae").config.shift_factor is None:
+        raise InputError(f"{folder / 'vae'} has no shift_factor: it is not SD3's")
 
 
-def check_component(folder, name):
-    """check_pipeline for one component."""
-    part, (config, weights) = folder / name, COMPONENTS[name]
-    refuse_link_out(part, folder)
-    objects = {path.name: read_object(path) for path in part.glob("*.json")}
-    if config not in objects:
-        raise InputError(f"{part} lacks its {config}")
-    for key, kind in KEYS.get(name, {}).items():
-        value = objects[config].get(key)
-        sound = type(value) in (float, int) if kind is float else type(value) is kind and value
-        if not sound:
-            raise InputError(f"{part / config} is damaged: its {key} is {json.dumps(value)}")
-    if name == "transformer":
-        describe_transformer(part)
-    if weights:
-        check_weights(part, weights, objects.get(f"{weights}.safetensors.index.json"))
+def check_weights(part, weights):
+    """Raise InputError unless a component's folder has its weights: one file, or all that an index names."""
+    names, index = [f"{weights}.safetensors"], part / f"{weights}.safetensors.index.json"
+    if index.exists() and not (part / names[0]).exists():
+        shards = read_object(index).get("weight_map")
+        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise InputError(f"{index} is damaged: its weight_map names no files")
+    for name in names:
+        if not (part / name).is_file():
+            raise InputError(f"{part} lacks its weights {name} (a pickle is not read: it can run anything)")
+    numbers_in(part)
 
 
-def describe_transformer(part):
-    """The transformer that the configuration in a folder describes, on the meta device: without weights.
+def described(folder, name):
+    """The transformer or VAE that a pipeline's configuration describes, on the meta device: without weights.
 
     Raises InputError if there is none such."""
-    from diffusers import SD3Transformer2DModel
+    import diffusers
 
+    kind = diffusers.SD3Transformer2DModel if name == "transformer" else diffusers.AutoencoderKL
+    path = folder / name / "config.json"
     try:
         with torch.device("meta"):
-            return SD3Transformer2DModel.from_config(read_object(part / "config.json"))
+            return kind.from_config(read_object(path))
     except Exception as error:  # whatever the values of a damaged configuration lead to
-        raise InputError(f"{part / 'config.json'} describes no transformer ({error})") from error
-
-
-def check_weights(part, weights, index):
-    """check_pipeline for the weights of one component. index: of their shards, if there are several."""
-    from safetensors import SafetensorError, safe_open
-
-    single, files = f"{weights}.safetensors", set()
-    if index is not None:
-        shards = index.get("weight_map")
-        names = list(shards.values()) if isinstance(shards, dict) else []
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise InputError(f"{part / single}.index.json is damaged: its weight_map names no files")
-        files |= set(names)
-    if index is None or (part / single).exists():
-        files.add(single)
-    for path in (part / file for file in sorted(files)):
-        if not path.is_file():
-            pickles = ", ".join(sorted(file.name for file in part.glob("*.bin")))
-            why = f" ({pickles} is not read: loading a pickle can run anything)" if pickles else ""
-            raise InputError(f"{part} lacks its weights {path.name}{why}")
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"the weights {path} are damaged ({error})") from error
+        raise InputError(f"{path} describes no {kind.__name__} ({' '.join(str(error).split())})") from error
 
 
 def numbers_in(part):
     """How many numbers the weights of a component's folder hold, by the headers of its files."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     found = 0
     for path in part.glob("*.safetensors"):
         if "fp16" not in path.name:  # another copy of the same
-            with safe_open(path, "pt") as file:
-                found += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+            try:
+                with safe_open(path, "pt") as file:
+                    found += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"the weights {path} are damaged ({error})") from error
     return found
-
-
-def memory_around(folder, bf16, size, state):
-    """Bytes a process needs at the peaks before, between and after the steps, by arithmetic: {phase: bytes}.
-
-    size: (H, W) of an image; state: bytes that stay beside a picture. The decoder's peak is in its last
-    block, whose first layer holds its input, that normalised and that activated, or, where it has no more
-    channels than the rest, in a layer's end. The text encoders' activations are not counted."""
-    number = 2 if bf16 else 4  # bytes of a weight of the pipelines; pictures are decoded in float32
-    text = sum(numbers_in(folder / name) for name in ENCODERS)
-    vae, transformer = numbers_in(folder / "vae"), numbers_in(folder / "transformer")
-    channels = read_json(folder / "vae" / "config.json")["block_out_channels"]
-    decoding = size[0] * size[1] * max(3 * channels[min(1, len(channels) - 1)], 5 * channels[0])
-    return {
-        "encoding prompts": text * number,
-        "a picture": state + (vae + decoding) * 4,
-        "the scores": (text + vae + transformer + decoding) * number,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -284,7 +198,7 @@ def export(folder, generator, lora_rank, dtype, out):
         save_tensors(lora, out / "lora.safetensors", header)
     weights["pos_embed.proj.weight"] = generator.c_in * weights["pos_embed.proj.weight"].float()
 
-    transformer = describe_transformer(folder / "transformer")
+    transformer = described(folder, "transformer")
     transformer.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_exponential_sigmas=True)
     scheduler.register_to_config(sigma_max=generator.t_star, sigma_min=generator.t_star)
@@ -321,54 +235,73 @@ def copy_source(folder, target):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def open_pipeline(folder, device, dtype):
-    """The pipeline in a folder, on the device. Raises InputError if it cannot be loaded."""
+def draw(folder, prompts, steps, guidance, size, device, dtype, seed=0, batch=50, what=None):
+    """A uint8 image [3, H, W] per prompt, one after the other, by the pipeline in a folder; size = (H, W).
+
+    Text encoders, transformer and VAE are on the device in turn. Image i depends on (seed + i, its prompt)
+    alone. what: the title of progress bars. Raises InputError if the pipeline cannot be loaded."""
     check_pipeline(Path(folder), folder)
-    networks = [name for name, (_, weights) in COMPONENTS.items() if weights]
+    text, noise = encoded(folder, prompts, device, dtype), range(seed, seed + len(prompts))
+    latents, _ = draw_latents(folder, *text, noise, steps, guidance, size, device, dtype, batch, what)
+    return decode(folder, latents, device, dtype, what)
+
+
+def draw_latents(folder, conditions, null, seeds, steps, guidance, size, device, dtype, batch=50, what=None):
+    """(latents [N, 16, h, w] of N seeds, on the CPU; seconds spent drawing), by unmodified diffusers.
+
+    conditions(indices [B]), null: as Embeddings gives them, for index i and seed seeds[i]."""
     with bar(f"loading {folder}"):
-        pipe = load_pipeline(folder, networks, device, dtype)
-    pipe.vae.enable_slicing()  # images are decoded one by one: at 1024 pixels, several fill the memory
+        pipe = load_pipeline(folder, ["transformer"], device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def draw(pipe, prompts, steps, guidance, size, seed=0, batch=50, what=None):
-    """One uint8 image per prompt, stacked: [N, 3, H, W], size = (H, W).
-
-    Image i depends on (seed + i, its prompt) alone, whatever the batch. what: the title of a progress bar."""
-    height, width = size
-    check_memory(f"{len(prompts)} images", 2 * 3 * height * width * len(prompts))
-    scale = pipe.vae_scale_factor
-    shape = (pipe.transformer.config.in_channels, height // scale, width // scale)
-    images = []
-    for i in batches(len(prompts), batch, what):
-        texts = prompts[i : i + batch]
-        seeds = torch.arange(seed + i, seed + i + len(texts))
-        latents = noise_from(seeds, shape, pipe.device).to(pipe.transformer.dtype)
+    shape, found, began = latent_shape(folder, size), [], time.perf_counter()
+    for i in batches(len(seeds), batch, what):
+        noise = noise_from(torch.tensor(seeds[i : i + batch]), shape, device).to(dtype)
+        cond = conditions(torch.arange(i, i + len(noise)))
+        texts = {"prompt_embeds": cond["encoder_hidden_states"],
+                 "pooled_prompt_embeds": cond["pooled_projections"]}
+        if guidance > 1:
+            empty = zip(texts.items(), null.values(), strict=True)
+            texts |= {f"negative_{name}": value.expand_as(text) for (name, text), value in empty}
         with torch.no_grad():
-            output = pipe(texts, num_inference_steps=steps, guidance_scale=guidance, latents=latents,
-                          height=height, width=width, output_type="pt")
-        images.append((output.images * 255).round().clamp(0, 255).to(torch.uint8).cpu())
-    return torch.cat(images)
+            output = pipe(**texts, num_inference_steps=steps, guidance_scale=guidance, latents=noise,
+                          height=size[0], width=size[1], output_type="latent")
+        found.append(output.images.cpu())
+    seconds = time.perf_counter() - began
+    del pipe, output
+    free_memory()
+    return torch.cat(found), seconds
 
 
-def decode(folder, latents):
-    """uint8 images [N, 3, H, W] of latents [N, 16, h, w] by the pipeline's VAE, which is loaded for it."""
-    vae = load_component(folder, "vae", torch.float32).to(latents.device)
+def latent_shape(folder, size):
+    """(channels, height, width) of an image's latent; size: (H, W). Raises InputError if it is too large."""
+    config, (height, width) = described(folder, "transformer").config, size
+    scale = 2 ** (len(described(folder, "vae").config.block_out_channels) - 1)
+    largest = config.pos_embed_max_size * config.patch_size * scale
+    if max(height, width) > largest:
+        raise InputError(f"{height}x{width} is larger than {folder} can make: its largest side is {largest}")
+    return config.in_channels, height // scale, width // scale
+
+
+@torch.no_grad()
+def decode(folder, latents, device, dtype, what=None):
+    """uint8 images [3, H, W] of latents [N, 16, h, w], one after the other, by the pipeline's VAE, which is
+    loaded for it."""
+    vae = load_component(folder, "vae", dtype).to(device)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    images = []
-    for part in latents.float().split(1):  # one by one, as open_pipeline has it
-        with torch.no_grad():
-            images.append(to_uint8(vae.decode(part / scale + shift).sample).cpu())
-    return torch.cat(images)  # N x [1, 3, H, W] -> [N, 3, H, W]
+    for i in batches(len(latents), 1, what and f"{what}, decoding"):
+        pixels = vae.decode(latents[i : i + 1].to(device, dtype) / scale + shift).sample  # [1, 3, H, W]
+        yield to_uint8(pixels.float())[0].cpu()  # [1, 3, H, W] -> [3, H, W]
 
 
-def pictures(folder, out, teacher, draw, samples, judged=None):
+def pictures(folder, out, teacher, draw, samples, dtype, judged=None):
     """A picture(step, generator) for FolderRun: 8 decoded images as a grid in out, and a score for the log.
 
     draw(sampler, n, first) -> n latents, by noise seeds from first; every process calls it. The score of
     `samples` images is judged(uint8 images), or without one the Fréchet distance of latents, averaged over
     the quarters of an image, to latents of the teacher's 50 steps from other noise."""
+
+    def decoded(latents):
+        return torch.stack(list(decode(folder, latents, latents.device, dtype)))
 
     def quarters(latents):
         return F.adaptive_avg_pool2d(latents.float(), 2).flatten(1).cpu()  # [N, 16, h, w] -> [N, 64]
@@ -380,7 +313,7 @@ def pictures(folder, out, teacher, draw, samples, judged=None):
     def measure(sampler):
         latents = draw(sampler, samples)
         if judged:
-            return judged(decode(folder, latents))
+            return judged(decoded(latents))
         return frechet_distance(reference(), quarters(latents))
 
     scored = scores(teacher, measure)
@@ -388,124 +321,29 @@ def pictures(folder, out, teacher, draw, samples, judged=None):
     def picture(step, generator):
         latents = draw(generator, 8)
         if fgm.process_rank() == 0:
-            save_grid(out / f"distill-{step:07d}.png", decode(folder, latents))
+            save_grid(out / f"distill-{step:07d}.png", decoded(latents))
         return scored(step, generator)
 
     return picture
 
 
-def geneval(pipe, metadata, target, steps, guidance, size, seed):
+def geneval(metadata, target, draw):
     """Four images for each line of METADATA.jsonl in GenEval's folder layout: NNNNN/metadata.jsonl and
-    NNNNN/samples/0000.png to 0003.png. Raises InputError if it holds no prompts."""
+    NNNNN/samples/0000.png to 0003.png. draw(prompts) -> images [3, H, W]. Raises InputError if it holds no
+    prompts."""
     from PIL import Image
 
     wanted = 'a JSON object with a "prompt"'
     lines = read_json_lines(metadata, lambda record: (record, text_of(record["prompt"])), wanted)
     if not lines:
         raise InputError(f"{metadata} holds no prompts")
-    for i, (line, prompt) in enumerate(lines):
-        folder = open_folder(target / f"{i:05d}")
-        open_folder(folder / "samples")
-        with atomically(folder / "metadata.jsonl") as temporary:
-            temporary.write_text(json.dumps(line) + "\n")
-        for k, image in enumerate(draw(pipe, [prompt] * 4, steps, guidance, size, seed + 4 * i)):
-            pixels = image.permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
-            with atomically(folder / "samples" / f"{k:04d}.png") as temporary:
-                Image.fromarray(pixels).save(temporary)
+    for i, image in enumerate(draw([prompt for _, prompt in lines for _ in range(4)])):
+        folder = open_folder(target / f"{i // 4:05d}")
+        samples = open_folder(folder / "samples")
+        if i % 4 == 0:
+            with atomically(folder / "metadata.jsonl") as temporary:
+                temporary.write_text(json.dumps(lines[i // 4][0]) + "\n")
+        pixels = image.permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
+        with atomically(samples / f"{i % 4:04d}.png") as temporary:
+            Image.fromarray(pixels).save(temporary)
     print(f"{len(lines)} prompts, 4 images each, in {target}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Real images, for the GAN
-# ------------------------------------------------------------------------------------------------------------
-
-
-def load_real(folder, size):
-    """(paths of the images, captions) of a folder, size = (H, W).
-
-    Captions come from metadata.jsonl {"file_name", "text"} or NAME.txt, else they are empty. Raises
-    InputError, naming the file, for what is no image, images of another size than the run's (of both the
-    header is read alone), and captions that are links out of the folder."""
-    folder = Path(folder)
-    paths = image_files(folder, (".png", ".jpg", ".jpeg", ".webp"))
-    if not paths:
-        raise InputError(f"--real {folder} holds no images (png, jpg, webp)")
-    texts = {}
-    if is_caption_file(folder / "metadata.jsonl", folder):
-        texts = dict(read_json_lines(
-            folder / "metadata.jsonl", lambda record: (text_of(record["file_name"]), text_of(record["text"])),
-            '{"file_name": ..., "text": ...}'))
-    captions = []
-    for path in paths:
-        check_size(path, header_size(path), size)
-        beside = path.with_suffix(".txt")
-        own = "\n".join(read_lines(beside)) if is_caption_file(beside, folder) else ""
-        captions.append(texts.get(str(path.relative_to(folder))) or own)
-    return paths, captions
-
-
-def header_size(path):
-    """(width, height) of an image file by its header, turned as its EXIF data say. Raises InputError for what
-    is no image."""
-    from PIL import ExifTags, Image
-
-    try:
-        if not path.is_file():
-            raise OSError("it is no regular file")  # a pipe would be waited for
-        with Image.open(path) as image:
-            turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return image.size[::-1] if turned else image.size
-    except Exception as error:  # the decoders raise what they like
-        raise InputError(f"cannot read the image {path} ({error}); fix or remove it") from error
-
-
-def check_size(path, found, size):
-    """Raises InputError unless found (width, height) is the run's size (H, W)."""
-    if found != (size[1], size[0]):
-        raise InputError(f"{path} is {found[0]}x{found[1]}, the run makes {size[1]}x{size[0]}; "
-                         "resize the images, or change --height and --width")
-
-
-def is_caption_file(path, folder):
-    """Whether there is such a file. Raises InputError for a link out of the folder and what is no file."""
-    refuse_link_out(path, folder)
-    if path.exists() and not path.is_file():
-        raise InputError(f"the captions {path} are no regular file")
-    return path.exists()
-
-
-def mark_of(path):
-    """[name, length, checksum of the last kilobyte] of an image file: all of 500,000 would take too long, and
-    another image that ends in the same compressed bytes will not have the same length."""
-    with open(path, "rb") as file:
-        length = file.seek(0, os.SEEK_END)
-        file.seek(max(0, length - 1024))
-        return [path.name, length, zlib.crc32(file.read())]
-
-
-def encode_images(folder, paths, size, shape, cache, device, dtype):
-    """Latents of image files of size (H, W) by the pipeline's VAE, scaled as SD3 scales them: Rows of
-    {"latents": shape}.
-
-    They are kept in files of 128 in the folder cache, named after what they are made of: what exists is not
-    made again, what belongs to an image that was mended is. The images are read one by one. A collective
-    call. Raises InputError, naming the file, for an image that cannot be read."""
-    cache, vae_key = open_folder(cache), contents(folder, "vae/*")
-    files = {}
-    for i, part in enumerate(files_of(paths)):
-        key = json.dumps([vae_key, str(dtype), [mark_of(path) for path in part]])
-        files[f"latents-{i:06d}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"] = part
-
-    def encode(vae, part):
-        shift, scale, latents = vae.config.shift_factor, vae.config.scaling_factor, []
-        for path in part:
-            image = read_image(path)
-            check_size(path, image.size, size)
-            pixels = channels_first(np.array(image)[None]).to(device)  # [H, W, 3] -> [1, 3, H, W]
-            with torch.no_grad():
-                mean = vae.encode(to_float(pixels)).latent_dist.mean
-            latents.append(((mean - shift) * scale).to(dtype).cpu())
-        return {"latents": torch.cat(latents)}  # 128 x [1, 16, h, w] -> [128, 16, h, w]
-
-    fill(cache, files, lambda: load_component(folder, "vae", torch.float32).to(device), encode)
-    return Rows([cache / f"{name}.safetensors" for name in files], len(paths), {"latents": shape}, device)

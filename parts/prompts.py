@@ -1,5 +1,7 @@
 """Prompts for Stable Diffusion 3: read from files or made by a grammar, and encoded once, into files."""
 
+import functools
+import gc
 import hashlib
 import json
 import math
@@ -14,7 +16,8 @@ import torch.distributed as dist
 import fgm
 from fgm import InputError
 from parts.bars import bar
-from parts.run import first_process, moved, open_folder, read_json, save_tensors, write_json
+from parts.files import open_folder, save_tensors
+from parts.run import moved
 
 # ------------------------------------------------------------------------------------------------------------
 # Prompts
@@ -104,6 +107,16 @@ def grammar(n=8192, seed=0):
     return list(found)
 
 
+def find_prompts(path, folder):
+    """The prompts of a file, else of the model's own prompts.txt in its folder, else of the grammar."""
+    if path or (folder / "prompts.txt").exists():
+        return read_prompts(path or folder / "prompts.txt")
+    prompts = grammar()
+    if fgm.process_rank() == 0:
+        print(f"no --prompts given: {len(prompts)} prompts from the built-in grammar, such as {prompts[0]!r}")
+    return prompts
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Rows of tensors, encoded once into files: embeddings of prompts, latents of images
 # ------------------------------------------------------------------------------------------------------------
@@ -111,30 +124,77 @@ def grammar(n=8192, seed=0):
 ROWS_PER_FILE = 128
 
 
+def shared(work, items, what):
+    """[work(item) for item in items], the items shared by the processes, with a progress bar `what`.
+
+    An InputError or OSError of one process is raised as InputError on all. A collective call."""
+    found, error, rank, processes = {}, None, fgm.process_rank(), fgm.world_size()
+    with bar(what, len(items), unit="files") as shown:
+        try:
+            for i in range(rank, len(items), processes):
+                found[i] = work(items[i])
+                shown.update(min(processes, len(items) - i))
+        except (InputError, OSError) as failure:
+            error = str(failure)
+    parts = [(found, error)] * processes
+    if processes > 1:
+        dist.all_gather_object(parts, (found, error))
+    for _, error in parts:
+        if error:
+            raise InputError(error)
+    found = {i: result for part, _ in parts for i, result in part.items()}
+    return [found[i] for i in range(len(items))]
+
+
+def digest_of(content):
+    """SHA-256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def files_of(items):
     """The items of each file."""
     return [items[i : i + ROWS_PER_FILE] for i in range(0, len(items), ROWS_PER_FILE)]
 
 
-def fill(cache, files, load, encode):
+def fill(cache, files, made_of, load, encode):
     """Write those of files {name: items} that the folder cache lacks, each encode(load(), items): a dict of
-    tensors with one row per item.
+    tensors with one row per item. The processes share the work; what load() gives is made once on each.
 
-    The processes share the work; what load() gives is made once on each, and freed. A collective call."""
-    missing = [name for name in files if not (cache / f"{name}.safetensors").exists()]
-    if fgm.world_size() > 1:
-        dist.barrier()  # all have looked before one writes
-    mine = missing[fgm.process_rank() :: fgm.world_size()]
-    if mine:
-        with bar(f"encoding, for {cache}", sum(len(files[name]) for name in mine), unit="rows") as shown:
-            encoder = load()
-            for name in mine:
-                save_tensors(encode(encoder, files[name]), cache / f"{name}.safetensors")
-                shown.update(len(files[name]))
-        del encoder
-        torch.cuda.empty_cache()
-    if fgm.world_size() > 1:
-        dist.barrier()
+    made_of: {what: text}, all that decides what is in the files; kept in their headers, with a digest of the
+    rows. A collective call. Raises InputError for files made of something else, or changed since."""
+    from safetensors.torch import save
+
+    paths = {cache / f"{name}.safetensors": items for name, items in files.items()}
+    there = [path for path in paths if path.exists()]
+    missing, load = [path for path in paths if path not in there], functools.cache(load)
+
+    def header(path, rows):
+        rows = hashlib.sha256(path.name.encode() + save(rows)).hexdigest()
+        return {"about": json.dumps(made_of | {"rows": rows})}
+
+    def check(path):
+        with opened(path) as file:
+            tensors, found = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            about = dict(json.loads(found.get("about", "{}")))
+        differs = ", ".join(what for what in made_of if about.get(what) != made_of[what])
+        if differs:
+            raise InputError(f"{cache} holds rows for another {differs}: remove it, or name another folder")
+        if found != header(path, tensors):
+            raise InputError(f"{path} is damaged (other rows than were written); remove it, it is made again")
+
+    def make(path):
+        rows = encode(load(), paths[path])
+        save_tensors(rows, path, header(path, rows))
+
+    shared(check, there, f"reading {cache}" if there else None)
+    shared(make, missing, f"encoding, for {cache}" if missing else None)
+    load.cache_clear()
+    free_memory()
 
 
 @contextmanager
@@ -164,7 +224,7 @@ class Rows:
                 found = {name: part.get_shape() for name, part in self.slices[-1].items()}
                 if found != expected:
                     raise ValueError(f"{found} instead of {expected}")
-        self.number = number
+        self.number, self.names = number, [path.name for path in files]
 
     def __len__(self):
         return self.number
@@ -209,24 +269,30 @@ def load_component(folder, name, dtype):
     return network
 
 
+def free_memory():
+    """Give back what is not used any more: pipelines, whose objects refer to each other in circles, too."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def load_pipeline(folder, networks, device, dtype):
     """A StableDiffusion3Pipeline with these of its networks. Raises InputError if they cannot be loaded."""
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     parts = {path.name for path in Path(folder).iterdir()}  # T5 and its tokenizer may be absent
     loaded = {name: None for name in ("transformer", "vae", *ENCODERS)}
     loaded |= {name: load_component(folder, name, dtype) for name in networks if name in parts}
     loaded |= {name: None for name in {"tokenizer_3"} - parts}
     try:
-        return StableDiffusion3Pipeline.from_pretrained(folder, **loaded, use_safetensors=True).to(device)
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, **loaded, use_safetensors=True).to(device)
+        if pipe.transformer is None:  # without weights: without T5 it is asked for the width of a text
+            with torch.device("meta"):
+                config = SD3Transformer2DModel.load_config(Path(folder) / "transformer")
+                pipe.transformer = SD3Transformer2DModel.from_config(config)
+        return pipe
     except Exception as error:  # the libraries raise what they like
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"cannot load the pipeline {folder} ({reason})") from error
-
-
-def text_pipeline(folder, device, dtype):
-    """The text encoders and tokenizers of a pipeline. Raises InputError if they cannot be loaded."""
-    return load_pipeline(folder, ENCODERS, device, dtype)
 
 
 def encode(pipe, texts, device, dtype, max_length):
@@ -243,30 +309,14 @@ def encode(pipe, texts, device, dtype, max_length):
 
 
 def contents(folder, *patterns):
-    """[[name, SHA-256]] of the files of a pipeline that match and that its components are loaded from.
+    """A digest of the files of a pipeline that match and that its components are loaded from.
 
-    They are read whole: SD3's text encoders, 11 GB, in 10 to 30 seconds of a run of hours. Sizes and times of
-    modification would be quicker, but the one does not see an exchange and the other refuses a copy."""
-    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
-    names = []
-    for path in sorted(found):
-        if path.suffix in (".json", ".txt", ".model", ".safetensors"):
-            with open(path, "rb") as file:
-                names.append([str(path.relative_to(folder)), hashlib.file_digest(file, "sha256").hexdigest()])
-    return names
-
-
-def claim(cache, identity):
-    """Write down whose embeddings the folder cache holds. Raises InputError if they are another's."""
-    about = cache / "about.json"
-    if about.exists() or any(cache.glob("*.safetensors")):
-        before = read_json(about) if about.exists() else {}
-        before = before if isinstance(before, dict) else {}
-        if before != identity:
-            differs = ", ".join(name for name in identity if before.get(name) != identity[name])
-            raise InputError(f"{cache} holds embeddings for another {differs}; "
-                             "remove it, or name another folder with --embeddings")
-    write_json(about, identity)
+    They are read whole: SD3's text encoders, 11 GB, in 10 to 30 seconds. A collective call."""
+    kinds = (".json", ".txt", ".model", ".safetensors")
+    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.suffix in kinds}
+    paths = sorted(path for path in found if path.is_file())
+    return digest_of([[path.relative_to(folder).as_posix() for path in paths],
+                      shared(file_digest, paths, "reading the model's files")])
 
 
 def encode_prompts(folder, prompts, cache, device, dtype, max_length=256):
@@ -276,15 +326,8 @@ def encode_prompts(folder, prompts, cache, device, dtype, max_length=256):
     Files that exist are kept; the processes share the work. Raises InputError if cache holds embeddings of
     another model (by the content of its text encoders and tokenizers), other prompts or another precision."""
     cache = open_folder(cache)
-    with bar("reading the text encoders"):
-        model = contents(folder, "text_encoder*/*", "tokenizer*/*") if fgm.process_rank() == 0 else None
-    first_process(lambda: claim(cache, {
-        "model": model,
-        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "number": len(prompts),
-        "dtype": str(dtype),
-        "max_length": max_length}))
-
+    made_of = {"model": contents(folder, "text_encoder*/*", "tokenizer*/*"), "prompts": digest_of(prompts),
+               "dtype": str(dtype), "max_length": str(max_length)}
     truncated = []  # CLIP's longest text, once for each prompt that is longer
 
     def encode_file(pipe, texts):
@@ -294,10 +337,25 @@ def encode_prompts(folder, prompts, cache, device, dtype, max_length=256):
 
     files = {f"prompts-{i:06d}": texts for i, texts in enumerate(files_of(prompts))}
     files["null"] = [""]
-    fill(cache, files, lambda: text_pipeline(folder, device, dtype), encode_file)
+    fill(cache, files, made_of, lambda: load_pipeline(folder, ENCODERS, device, dtype), encode_file)
     if truncated:
         message = f"{len(truncated)} prompts are longer than CLIP's {truncated[0]} tokens and were cut there"
         print(message, file=sys.stderr)
+
+
+def encoded(folder, prompts, device, dtype):
+    """(conditions, null) of prompts, in memory; conditions(indices [B]) and null are those of Embeddings."""
+    texts = list(dict.fromkeys(["", *prompts]))
+    places = {text: i for i, text in enumerate(texts)}
+    rows = torch.tensor([places[prompt] for prompt in prompts])
+    with bar("encoding prompts"):
+        columns = encode(load_pipeline(folder, ENCODERS, device, dtype), texts, device, dtype, 256)
+    free_memory()
+
+    def conditions(indices):
+        return {name: moved(value[rows[indices]], device) for name, value in columns.items()}
+
+    return conditions, {name: value[:1].to(device) for name, value in columns.items()}
 
 
 class Embeddings(Rows):

@@ -1,0 +1,61 @@
+"""The GAN of appendix B.2, optional: a head on the online flow's features tells real from generated."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fgm
+from parts.run import noise_from
+
+FOR_NOISE, FOR_T = 1, 2  # what is drawn from a seed that also chooses the condition
+
+
+class GAN(nn.Module):
+    """A light convolutional head on the online flow's block-2 hidden states tells noised real latents from
+    noised generated ones (appendix B.2).
+
+    t is drawn from the flow's own, low-noise distribution. In the flow's update the features of generated
+    latents are those of the pass that the flow loss has just made; the real ones, and the generator's, leave
+    the network after block 2. The paper states no reduction; the weights 1e-2 and 5e-2 are taken per element,
+    as arXiv 2405.14867, which it follows, averages both losses:
+
+        FGM / D + weight * GAN   is, D times,   FGM + D * weight * GAN,   D = 16 H W numbers in a latent.
+
+    Our losses are sums over the D dimensions, hence the factor D here. Each number of x0 then feels both with
+    a strength that does not depend on the size; summed over the logits instead (1 / 256 of D at SD3's patch
+    size), the GAN's gradient at x0 would be about a thousandth of L2's. real: Rows of latents [16, H, W];
+    embeddings: of their captions; grid: (H / 2, W / 2), the network's tokens."""
+
+    def __init__(self, width, grid, real, embeddings, t_gan, generator_weight=1e-2,
+                 discriminator_weight=5e-2):
+        super().__init__()
+        inner = min(width, 256)
+        self.head = nn.Sequential(
+            nn.Conv2d(width, inner, 3, padding=1), nn.GroupNorm(8, inner), nn.SiLU(),
+            nn.Conv2d(inner, inner, 3, stride=2, padding=1), nn.GroupNorm(8, inner), nn.SiLU(),
+            nn.Conv2d(inner, 1, 3, padding=1))
+        self.grid, self.real, self.embeddings, self.t_gan = grid, real, embeddings, t_gan
+        self.weights = generator_weight, discriminator_weight
+
+    def logit(self, features):
+        b, _, d = features.shape
+        maps = features.mT.reshape(b, d, *self.grid).float()  # [B, HW/4, D] -> [B, D, H/2, W/2]
+        return self.head(maps).mean((1, 2, 3))  # [B, 1, H/4, W/4] -> [B]
+
+    def features(self, flow, x0, t, seeds, cond):
+        """Hidden states of x0, noised to t with noise that seeds choose."""
+        noise = noise_from(seeds ^ FOR_NOISE, x0.shape[1:], x0.device)
+        return flow.features_of(fgm.interpolate(x0, noise, t), t, **cond)
+
+    def flow_loss(self, flow, x0, seeds, cond):
+        chosen = seeds % len(self.real)
+        latents = self.real(chosen)["latents"].float()
+        real = self.features(flow, latents, flow.t, seeds, self.embeddings(chosen))
+        loss = F.softplus(self.logit(flow.features)) + F.softplus(-self.logit(real))
+        return x0[0].numel() * self.weights[1] * loss
+
+    def generator_loss(self, flow, x0, seeds, cond):
+        normal = noise_from(seeds ^ FOR_T, (1,), x0.device)[:, 0]  # [B, 1] -> [B]
+        t = torch.sigmoid(self.t_gan[0] + self.t_gan[1] * normal)
+        loss = F.softplus(-self.logit(self.features(flow, x0, t, seeds, cond)))
+        return x0[0].numel() * self.weights[0] * loss

@@ -1,0 +1,44 @@
+"""What several files of tests share: the miniature of Stable Diffusion 3, hardly trained, in three shapes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import drive_here
+
+import tiny_sd3
+
+NORMS = {"qk_norm": "rms_norm", "pos_embed_max_size": 8}  # larger than the latents, as SD3.5's 384
+SHAPES = {
+    "3-medium": tiny_sd3.TRANSFORMER,
+    "3.5-medium": tiny_sd3.TRANSFORMER | NORMS | {"dual_attention_layers": (0, 1)},
+    "3.5-large": tiny_sd3.TRANSFORMER | NORMS,
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of tiny_sd3.py; its images are the first 40 digits alone."""
+    out = tmp_path_factory.mktemp("sd3") / "tiny"
+    done = drive_here(tiny_sd3, "--out", out, "--vae-steps", 3, "--kimg", 0.064, "--samples", 2)
+    assert done.returncode == 0, done.stderr
+    lines = (out / "images" / "metadata.jsonl").read_text().splitlines()
+    assert len(lines) == len(list((out / "images").glob("*.png"))) == 1797
+    for line in lines[40:]:
+        (out / "images" / json.loads(line)["file_name"]).unlink()
+    (out / "images" / "metadata.jsonl").write_text("\n".join(lines[:40]))
+    return out
+
+
+@pytest.fixture(scope="session")
+def models(model, tmp_path_factory):
+    """{shape: folder}: the same pipeline with transformers of SHAPES, those of SD3.5 with random weights."""
+    from diffusers import SD3Transformer2DModel
+
+    folders = {"3-medium": model}
+    for shape in ("3.5-medium", "3.5-large"):
+        folders[shape] = shutil.copytree(model, tmp_path_factory.mktemp(shape) / "tiny")
+        torch.manual_seed(0)
+        SD3Transformer2DModel(**SHAPES[shape]).save_pretrained(folders[shape] / "transformer")
+    return folders
