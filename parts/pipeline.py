@@ -19,7 +19,6 @@ from fgm import InputError
 from parts.bars import bar, batches
 from parts.images import (
     channels_first,
-    frechet_distance,
     image_files,
     read_image,
     refuse_link_out,
@@ -41,6 +40,7 @@ from parts.prompts import (
     text_of,
 )
 from parts.run import atomically, noise_from, open_folder, read_json, save_tensors
+from parts.scores import frechet_distance
 from parts.sizes import check_memory
 
 # ------------------------------------------------------------------------------------------------------------
