@@ -28,7 +28,7 @@ import cifar
 import fgm
 import tiny_sd3
 import toy2d
-from parts import edm, images, mmdit
+from parts import edm, images, mmdit, scores
 from parts.flags import COUNT, Parser, Setting, add_flags
 from parts.memory import free_bytes, largest_micro_batch, needs
 from parts.pipeline import quiet
@@ -306,9 +306,10 @@ def running_rows(device, args):
             with tempfile.TemporaryDirectory() as folder:
                 run = FolderRun(folder, **{"save_every": never, "log_every": never} | special)
                 if what == "pictures":
-                    run.picture = images.pictures(
+                    run.picture = scores.pictures(
                         run.out, images.load_images("digits").pixels, subject.teacher,
-                        lambda sampler, n: images.draw_images(sampler, n, subject.shape, 10, device)[0], 500)
+                        lambda sampler, n, in_turn: images.draw_images(
+                            sampler, n, subject.shape, [1] * 10, device)[0], 500)
                 times = step_times(subject, 9, run=run)
             usual = statistics.median(times[0::3] + times[2::3])
             extra = statistics.median(times[1::3]) - usual

@@ -151,8 +151,8 @@ def load_images(data, resolution=None, cond=False):
     if cond and len(images.classes) < 2:
         raise InputError(f"--cond needs at least two classes, {data} has {len(images.classes)}")
     if resolution and images.pixels.shape[-1] != resolution:
-        raise InputError(f"{data} has resolution {images.pixels.shape[-1]}, not {resolution}; --resolution is "
-                         "for folders, and shrinks cifar10")
+        raise InputError(f"{data} has resolution {images.pixels.shape[-1]}; --resolution is for folders, and "
+                         "to shrink cifar10")
     return images
 
 

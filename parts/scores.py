@@ -1,4 +1,4 @@
-"""Scores of images: Fréchet distances, judges of labels and features, Inception FID, and a run's table of them.
+"""Scores of images: Fréchet distances, judges of labels and features, Inception FID, a run's table.
 
 Images are uint8 tensors [N, C, R, R].
 """
@@ -36,7 +36,8 @@ class Gaussian:
             raise InputError(f"a Fréchet distance needs two images on either side, got {len(features)}")
         if not features.isfinite().all():
             raise InputError("no Fréchet distance: the features of some images are not finite")
-        check_memory(f"a Fréchet distance of {features.shape[1]} values a sample", 24 * features.shape[1] ** 2)
+        size = features.shape[1]
+        check_memory(f"a Fréchet distance of {size} values a sample", 3 * 8 * size**2)
         features = features.double()
         self.mean, self.cov = features.mean(0), torch.cov(features.T)
 
@@ -91,7 +92,7 @@ def random_order(n):
 
 
 def pictures(out, real, teacher, draw, samples):
-    """A picture(step, generator) for FolderRun: a grid of 100 images in out, and a cheap distance for the log.
+    """A picture(step, generator) for FolderRun: a grid of 100 images in out, and a cheap distance.
 
     draw(sampler, n, in_turn): n images of a fixed seed; every process calls it. The distance is that of
     `samples` images to at most 10,000 real ones, on 8x8 pixels. Beside one of many samples it is too large,
@@ -273,7 +274,7 @@ class NetworkJudge:
 
     @torch.no_grad()
     def accuracy_on(self, pixels, labels):
-        """The share of images that it takes for their label, or whose turns it tells if it knows no labels."""
+        """The share of images whose label it tells, or the turns, if it knows no labels."""
         right = []
         for x, target in zip(to_float(pixels).split(500), labels.split(500), strict=True):
             x, target = (x, target) if self.about["classes"] else turned(x)
@@ -317,6 +318,7 @@ class Scores:
                 with bar("training the judge"):
                     self.judge = train_judge(real)
             self.features, self.split = {"pixel_frechet": raw_pixels}, "two halves"
+            self.detector = "raw pixels; a support vector machine for labels"
             some, others = random_order(n).tensor_split(2)
         else:
             if judge.exists():
@@ -326,6 +328,7 @@ class Scores:
                 self.judge.save(judge)
             self.features = {"judge_frechet": self.judge.features, "pixel_frechet": coarse_pixels}
             self.split, (some, others) = "held out", hold_out(real.labels)
+            self.detector = "judge.safetensors, which tells " + ("classes" if cond else "quarter turns")
         self.cond, self.main = cond, next(iter(self.features))
         self.real, self.of_data = {}, {"accuracy": self.judge.own_accuracy} if cond else {}
         for name, features in self.features.items():

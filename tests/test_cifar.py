@@ -26,7 +26,8 @@ import cifar
 import fgm
 from parts import memory, progress, run
 from parts.edm import Conv, EDMUNet, EDMVelocity, GroupNorm, load_edm, load_network
-from parts.images import draw_images, load_images, pixel_frechet
+from parts.images import draw_images, load_images
+from parts.scores import pixel_frechet
 
 SMALL = [
     "--data", "digits", "--model-channels", "8", "--num-blocks", "1", "--batch", "16", "--kimg", "0.32",
@@ -334,12 +335,12 @@ def test_foreign_pickles_are_refused_and_never_executed(edm_pickle, tmp_path):
 def test_image_i_is_the_same_whatever_the_batch():
     net = small_net(label_dim=10)
     generator = fgm.OneStepGenerator(net, 0.9)
-    some, labels = draw_images(generator, 12, (1, 8, 8), 10, "cpu", seed=3, batch=5)
-    more, _ = draw_images(generator, 30, (1, 8, 8), 10, "cpu", seed=3, batch=30)
-    assert (some.int() - more[:12].int()).abs().max() <= 1 and labels.tolist() == [*range(10), 0, 1]
-    others, _ = draw_images(generator, 12, (1, 8, 8), 10, "cpu", seed=4)
+    some, labels = draw_images(generator, 12, (1, 8, 8), [1] * 10, "cpu", seed=3, batch=5)
+    more, _ = draw_images(generator, 30, (1, 8, 8), [1] * 10, "cpu", seed=3, batch=30)
+    assert (some.int() - more[:12].int()).abs().max() <= 1 and sorted(labels[:10].tolist()) == [*range(10)]
+    others, _ = draw_images(generator, 12, (1, 8, 8), [1] * 10, "cpu", seed=4)
     assert (others.int() - some.int()).abs().max() > 10
-    assert draw_images(generator, 4, (1, 8, 8), 10, "cpu", classes=[7, 2])[1].tolist() == [7, 2, 7, 2]
+    assert draw_images(generator, 4, (1, 8, 8), [1] * 10, "cpu", classes=[7, 2])[1].tolist() == [7, 2, 7, 2]
 
 
 # The command
@@ -359,9 +360,11 @@ def test_command_writes_what_it_promises(finished):
     assert metrics["teacher"].keys() == {"1", "10", "50"} and metrics["metric"] == "pixel Frechet distance"
     assert f"{metrics['one_step']:.4f}" in printed and "GB, in a distillation step" in printed
     net, description = load_network(out / "generator.safetensors")
-    generator = fgm.OneStepGenerator(net, **description["generator"])
-    pixels, labels = draw_images(generator, 60, (1, 8, 8), 10, "cpu")
-    distance = pixel_frechet(load_images("digits").pixels, pixels)
+    generator, real = fgm.OneStepGenerator(net, **description["generator"]), load_images("digits")
+    assert description["class_counts"] == real.class_counts()
+    assert metrics["labels"] == "drawn as often as the data has each class"
+    pixels, labels = draw_images(generator, 60, (1, 8, 8), real.class_counts(), "cpu")
+    distance = pixel_frechet(real.pixels, pixels)
     assert distance == pytest.approx(metrics["one_step"], rel=1e-3)
     curves, teacher = progress.read(out / "log.jsonl")  # on as few samples, the same distance
     assert curves["score"] == ([20], [pytest.approx(metrics["one_step"])])

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import fgm
-from parts import images
+from parts import images, scores
 
 
 def test_digits_keep_their_values():
@@ -63,8 +63,8 @@ def test_frechet_distance_of_known_gaussians():
     a, b = n @ matrix, 1 + 2 * n
     root = torch.linalg.svdvals(matrix).sum()  # tr (A^T A)^(1/2)
     expected = 2 + (2 + 0.25) + 8 - 2 * 2 * root.item()
-    assert images.frechet_distance(a, b) == pytest.approx(expected, rel=0.01)
-    assert images.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert scores.frechet_distance(a, b) == pytest.approx(expected, rel=0.01)
+    assert scores.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_pixel_frechet_of_known_gaussians():
@@ -73,16 +73,16 @@ def test_pixel_frechet_of_known_gaussians():
     a, b = 0.1 * n, 0.2 + torch.tensor([0.2, 0.05]).view(1, 2, 1) * n
     a, b = images.to_uint8(a), images.to_uint8(b)
     expected = 2 * 0.2**2 + 0.1**2 + 0.05**2
-    assert images.pixel_frechet(a, b) == pytest.approx(expected, rel=0.01)
-    assert images.pixel_frechet(a, a) == pytest.approx(0, abs=1e-8)
+    assert scores.pixel_frechet(a, b) == pytest.approx(expected, rel=0.01)
+    assert scores.pixel_frechet(a, a) == pytest.approx(0, abs=1e-8)
 
 
 def test_judge_of_real_digits():
     data = images.load_images("digits")
-    judge = images.train_judge(data)
-    features = images.raw_pixels(data.pixels)
+    judge = scores.train_judge(data)
+    features = scores.raw_pixels(data.pixels)
     assert 0.98 < judge.own_accuracy < 1
-    assert judge.accuracy(features, data.labels) == (1, 1)
+    assert scores.accuracy(judge, features, data.labels) == (1, 1)
     wrong = torch.where(data.labels == 7, 8, data.labels)  # every seven is taken for an eight
-    share, worst = judge.accuracy(features, wrong)
+    share, worst = scores.accuracy(judge, features, wrong)
     assert share == pytest.approx(1 - 179 / 1797) and worst == pytest.approx(174 / (174 + 179))
