@@ -162,8 +162,7 @@ def train_judge(images, limit=5000):
 
 
 def hold_out(labels):
-    """(positions held out of a judge's training, a tenth at random; the others). Every class is in the latter.
-    """
+    """(positions to hold out of a judge's training, a random tenth; the others, with every class)."""
     order = random_order(len(labels))
     kept = torch.isin(torch.arange(len(order)), first_of_each(labels[order]))
     order = torch.cat([order[~kept], order[kept]])
@@ -196,9 +195,9 @@ class NetworkJudge:
     """A judge_network trained on real images (of at most 32x32 pixels; larger ones are averaged to that).
 
     With labels it tells the classes apart. Without, it tells by how many quarter turns an image was turned
-    (RotNet, arXiv 1803.07728): that takes no labels, and unlike clusters of pixels it needs shapes, and unlike
-    random weights it needs to know these images. about: what its file says of it: what it was trained on, and
-    own_accuracy, measured on a tenth of the images that it was not trained on (None if there are none)."""
+    (RotNet, arXiv 1803.07728), which takes no labels, and shapes to tell, not colours alone as clusters of
+    pixels do. about: what its file says of it: what it was trained on, and own_accuracy, measured on a tenth
+    of the images that it was not trained on (None if there are none)."""
 
     def __init__(self, about, device):
         channels, resolution = about["shape"][:2]
@@ -266,7 +265,8 @@ class NetworkJudge:
         return judge
 
     def save(self, path):
-        save_tensors(self.net.state_dict(), path, {"judge": json.dumps(self.about)})
+        state = {name: value.cpu().contiguous() for name, value in self.net.state_dict().items()}
+        save_tensors(state, path, {"judge": json.dumps(self.about)})
 
     @property
     def own_accuracy(self):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ENV, assert_refused, command, drive, drive_here
+from PIL import Image
 from safetensors.torch import load_file
 from test_images import folder
 from torch import nn
@@ -383,16 +384,17 @@ def test_command_writes_what_it_promises(finished):
 MOMENTS = ["checkpoints/teacher-000000010", "checkpoints/distill-000000010", "generator.safetensors"]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, moment):
-    started = command("cifar.py", *SMALL, "--cond", "--out", tmp_path)
-    process = subprocess.Popen(started, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / moment).exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "metrics.json").exists()
-    done = drive_here(cifar, *SMALL, "--cond", "--out", tmp_path)
+def test_killed_at_three_moments_and_resumed_equals_uninterrupted(finished, tmp_path):
+    line = [*SMALL, "--cond", "--out", tmp_path, "--samples", "20"]
+    for moment in MOMENTS:
+        started = command("cifar.py", *line)
+        process = subprocess.Popen(started, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / moment).exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (tmp_path / moment).exists() and not (tmp_path / "metrics.json").exists()
+    done = drive_here(cifar, *line)
     assert done.returncode == 0, done.stderr
     for name in ("teacher", "generator"):
         whole, resumed = (load_file(path / f"{name}.safetensors") for path in (finished[0], tmp_path))
@@ -445,6 +447,9 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         ([*SMALL, "--cond", "--out", out, "--fid", "--inception-weights", cut], "no FID"),
         (["--data", "digits", "--out", out / "config.json"], "cannot write"),
         (["--colour"], "unrecognized arguments"),
+        (["--quick", "--paper"], "--quick and --paper contradict each other"),
+        (["--quick", "--data", "digits"], "--quick is for photographs"),
+        (["--quick", "--sample", "4", "--out", out], "--quick means nothing with --sample"),
         (["--sample", "4", "--teacher", teacher, "--out", out], "nothing without --ode-steps"),
         (["--sample", "4", "--generator", teacher, "--data", "digits"], "--data means nothing with"),
         (["--sample", "4", "--generator", teacher, "--ode-steps", "2"], "--ode-steps means nothing with"),
@@ -460,8 +465,40 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
 
 
 def test_two_processes_equal_one(finished, tmp_path):
-    done = drive("cifar.py", *SMALL, "--cond", "--out", tmp_path, processes=2)
+    done = drive("cifar.py", *SMALL, "--cond", "--out", tmp_path, "--samples", "4", processes=2)
     assert done.returncode == 0, done.stderr
     one, two = (load_file(path / "teacher.safetensors") for path in (finished[0], tmp_path))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
+
+
+def test_quick_run_on_photographs(tmp_path, capfd):
+    """The whole command on a folder of colour images of unequal classes: --quick's settings, shortened."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    values = np.random.default_rng(0).integers(0, 256, (24, 20, 20, 3)).astype(np.uint8)
+    for i, value in enumerate(values):
+        path = data / ("often" if i < 20 else "seldom") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(value).save(path)
+    line = ["--quick", "--cond", "--data", data, "--out", out, "--device", "cpu", "--model-channels", "8",
+            "--teacher-kimg", ".008", "--kimg", ".008", "--batch", "4", "--samples", "24"]
+    done = drive_here(cifar, *line)
+    assert done.returncode == 0, done.stderr
+    metrics, config = (json.loads((out / name).read_text()) for name in ("metrics.json", "config.json"))
+    assert metrics["metric"] == "judge Frechet distance" and config["class_counts"] == [20, 4]
+    assert config["network"]["img_resolution"] == 16 and config["settings"]["weight"] == "sid"
+    row = metrics["rows"]["one step"]
+    assert row["judge_frechet"] == metrics["one_step"] and row["noise"] > 0
+    assert f"{row['judge_frechet']:.4f} +- {row['noise']:.4f}" in done.stdout
+
+    # The judge is kept, and images of the same name that changed are noticed before anything is lost.
+    before = (out / "judge.safetensors").read_bytes()
+    assert drive_here(cifar, *line).returncode == 0 and (out / "judge.safetensors").read_bytes() == before
+    again = json.loads((out / "metrics.json").read_text())
+    assert again["rows"]["one step"]["judge_frechet"] == row["judge_frechet"]
+    Image.fromarray(values[0]).save(data / "often" / "1.png")
+    assert_refused(cifar, [(line, "trained for other images; remove it")], out, pytest.MonkeyPatch(), capfd)
+
+    # Samples drawn later have the data's shares.
+    assert drive_here(cifar, "--sample", "12", "--npz", "--out", out).returncode == 0
+    assert np.load(out / "samples-one-step.npz")["labels"].sum() == 2
