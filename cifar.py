@@ -325,8 +325,9 @@ def score(args, real, samplers, class_counts, device, out):
         pixels, labels = images.draw_images(sampler, args.samples, shape, class_counts, device, args.seed,
                                             what=f"scoring: {title(name)}")
         seconds = time.perf_counter() - began
-        every_class = range(len(class_counts))  # in turn: to be looked at
-        grid = images.draw_images(sampler, min(100, args.samples), shape, class_counts, device, args.seed, every_class)[0]
+        classes = range(len(class_counts))  # in turn: to be looked at
+        grid = images.draw_images(sampler, min(100, args.samples), shape, class_counts, device, args.seed,
+                                  classes)[0]
         if not first:
             continue
         rows[name], shown[title(name)] = scorer.of(pixels, labels) | {"seconds": seconds}, grid

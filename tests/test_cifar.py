@@ -472,7 +472,7 @@ def test_two_processes_equal_one(finished, tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
 
 
-def test_quick_run_on_photographs(tmp_path, capfd):
+def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
     """The whole command on a folder of colour images of unequal classes: --quick's settings, shortened."""
     data, out = tmp_path / "data", tmp_path / "out"
     values = np.random.default_rng(0).integers(0, 256, (24, 20, 20, 3)).astype(np.uint8)
@@ -497,7 +497,7 @@ def test_quick_run_on_photographs(tmp_path, capfd):
     again = json.loads((out / "metrics.json").read_text())
     assert again["rows"]["one step"]["judge_frechet"] == row["judge_frechet"]
     Image.fromarray(values[0]).save(data / "often" / "1.png")
-    assert_refused(cifar, [(line, "trained for other images; remove it")], out, pytest.MonkeyPatch(), capfd)
+    assert_refused(cifar, [(line, "trained for other images; remove it")], out, monkeypatch, capfd)
 
     # Samples drawn later have the data's shares.
     assert drive_here(cifar, "--sample", "12", "--npz", "--out", out).returncode == 0

@@ -158,7 +158,8 @@ def test_judge_orders_images_as_an_eye_would(judged, large_digits):
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
 
     def blurred(size):
-        return torch.nn.functional.avg_pool2d(pixels.float(), size, 1, size // 2, False, False).to(torch.uint8)
+        means = torch.nn.functional.avg_pool2d(pixels.float(), size, 1, size // 2, count_include_pad=False)
+        return means.to(torch.uint8)
 
     worse = {
         "blur": [blurred(3), blurred(5)],
