@@ -50,8 +50,7 @@ DIGITS = PAPER | dict(
     l1_weight=-0.4, weight="sid", samples=10_000,
 )
 DIGITS_UNCONDITIONAL = DIGITS | dict(kimg=256)
-# For photographs: at 16x16 within 45 minutes on 2 CPU cores, after a trial there; at 32x32 designed for ten
-# minutes on a GPU, with steps large enough that launching kernels is not what they wait for.
+# For photographs: 45 minutes on 2 CPU cores; on a GPU ten, in large steps, which do not wait for launches.
 QUICK = PAPER | dict(
     resolution=16, model_channels=32, channel_mult=[1, 2, 2], num_blocks=1, attention=[8], dropout=0.0,
     teacher_kimg=280, teacher_lr=2e-3, teacher_ema=0.998, kimg=51, batch=128, lr=2e-4, flow_lr=4e-4,
@@ -171,7 +170,6 @@ def draw_from_files(args, device):
 def sampler_from_file(args, out, device):
     """(sampler, description of its network, class_counts) of out or file: its generator, or with --ode-steps
     its teacher. A file from before class_counts were kept has all classes alike.
-
     Raises InputError for a file that is missing or no generator, and for classes that it does not have."""
     if args.ode_steps:
         path = Path(args.teacher or out / "teacher.safetensors")
