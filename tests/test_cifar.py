@@ -480,8 +480,8 @@ def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
         path = data / ("often" if i < 20 else "seldom") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(value).save(path)
-    line = ["--quick", "--cond", "--data", data, "--out", out, "--device", "cpu", "--model-channels", "8",
-            "--teacher-kimg", ".008", "--kimg", ".008", "--batch", "4", "--samples", "24"]
+    line = ["--quick", "--cond", "--data", data, "--out", out, "--device", "cpu", "--model-channels", "8", "--channel-mult", "1",
+            "--teacher-kimg", ".008", "--kimg", ".008", "--batch", "4", "--samples", "20", "--attention"]
     done = drive_here(cifar, *line)
     assert done.returncode == 0, done.stderr
     metrics, config = (json.loads((out / name).read_text()) for name in ("metrics.json", "config.json"))
@@ -491,11 +491,7 @@ def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
     assert row["judge_frechet"] == metrics["one_step"] and row["noise"] > 0
     assert f"{row['judge_frechet']:.4f} +- {row['noise']:.4f}" in done.stdout
 
-    # The judge is kept, and images of the same name that changed are noticed before anything is lost.
-    before = (out / "judge.safetensors").read_bytes()
-    assert drive_here(cifar, *line).returncode == 0 and (out / "judge.safetensors").read_bytes() == before
-    again = json.loads((out / "metrics.json").read_text())
-    assert again["rows"]["one step"]["judge_frechet"] == row["judge_frechet"]
+    # Images of the same name that changed are noticed before anything is lost.
     Image.fromarray(values[0]).save(data / "often" / "1.png")
     assert_refused(cifar, [(line, "trained for other images; remove it")], out, monkeypatch, capfd)
 
