@@ -308,8 +308,7 @@ def running_rows(device, args):
                 if what == "pictures":
                     run.picture = scores.pictures(
                         run.out, images.load_images("digits").pixels, subject.teacher,
-                        lambda sampler, n, in_turn: images.draw_images(
-                            sampler, n, subject.shape, [1] * 10, device)[0], 500)
+                        lambda net, n, _: images.draw_images(net, n, subject.shape, [1] * 10, device)[0], 500)
                 times = step_times(subject, 9, run=run)
             usual = statistics.median(times[0::3] + times[2::3])
             extra = statistics.median(times[1::3]) - usual

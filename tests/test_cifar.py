@@ -480,7 +480,8 @@ def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
         path = data / ("often" if i < 20 else "seldom") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(value).save(path)
-    line = ["--quick", "--cond", "--data", data, "--out", out, "--device", "cpu", "--model-channels", "8", "--channel-mult", "1",
+    line = ["--quick", "--cond", "--data", data, "--out", out, "--device", "cpu", "--model-channels", "8",
+            "--channel-mult", "1",
             "--teacher-kimg", ".008", "--kimg", ".008", "--batch", "4", "--samples", "20", "--attention"]
     done = drive_here(cifar, *line)
     assert done.returncode == 0, done.stderr
