@@ -29,7 +29,7 @@ import cifar
 import fgm
 import tiny_sd3
 import toy2d
-from parts import edm, images, loops, mmdit
+from parts import edm, images, loops, mmdit, scores
 from parts.flags import COUNT, Parser, Setting, add_flags
 from parts.memory import free_bytes, kept_per_image, largest_micro_batch
 from parts.pipeline import quiet
@@ -285,9 +285,9 @@ def running_rows(device, args):
             with tempfile.TemporaryDirectory() as folder:
                 run = FolderRun(folder, **{"save_every": never, "log_every": never} | special)
                 if what == "pictures":
-                    run.picture = images.pictures(
+                    run.picture = scores.pictures(
                         run.out, images.load_images("digits").pixels, subject.teacher,
-                        lambda sampler, n: images.draw_images(sampler, n, subject.shape, 10, device)[0], 500)
+                        lambda net, n, _: images.draw_images(net, n, subject.shape, [1] * 10, device)[0], 500)
                 times = step_times(subject, 9, run=run)
             usual = statistics.median(times[0::3] + times[2::3])
             extra = statistics.median(times[1::3]) - usual

@@ -1,13 +1,14 @@
 """Images in one step: EDM's U-Net as a flow teacher, distilled by FGM (arXiv 2410.19310, section 5.1).
 
     python cifar.py --cond --data digits             # real 8x8 digits: minutes on a laptop, without GPU
+    python cifar.py --cond --quick                   # CIFAR-10 at 16x16 in 45 minutes, on a GPU 32x32 in ten
     python cifar.py --cond                           # CIFAR-10, the paper's settings; for GPUs
     python cifar.py --cond --teacher edm-cifar10-32x32-cond-vp.pkl       # start from a published EDM network
     torchrun --nproc-per-node 8 cifar.py --cond      # the same run, sharded over 8 GPUs
     python cifar.py --sample 64 --out runs/digits-cond                   # draw from a finished run
 
 One run does what is missing and keeps what is there: teacher, distillation, samples, scores, pictures; run
-again, it resumes. The network is in parts/edm.py, data and scores in parts/images.py, the method in fgm.py.
+again, it resumes. Network: parts/edm.py; data: parts/images.py; scores: parts/scores.py; method: fgm.py.
 """
 
 import argparse
@@ -23,8 +24,7 @@ import torch
 
 import fgm
 from fgm import InputError
-from parts import flags, images, memory, run, sizes
-from parts.bars import bar
+from parts import flags, images, memory, run, scores, sizes
 from parts.edm import Block, EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from parts.flags import Setting
 
@@ -40,7 +40,7 @@ PAPER = dict(
     teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999, teacher_t=(0.0, 2.0), kimg=20_000, batch=512,
     lr=2e-5, flow_lr=2e-5, lr_warmup=100, lr_decay=0.0, clip=None, ema=0.999, t_star=0.714, c_in=0.714,
     c_skip=0.714, l1_weight=0.0, weight="none", t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), loss_scale=1.0,
-    flow_updates=1, one_pass=True, data="cifar10", samples=50_000, save_every=500, log_every=50,
+    flow_updates=1, data="cifar10", samples=50_000, save_every=500, log_every=50,
     picture_every=500,
 )
 # Measured on scikit-learn's digits, on a laptop's budget.
@@ -50,16 +50,27 @@ DIGITS = PAPER | dict(
     l1_weight=-0.4, weight="sid", samples=10_000,
 )
 DIGITS_UNCONDITIONAL = DIGITS | dict(kimg=256)
+# For photographs: 45 minutes on 2 CPU cores; on a GPU ten, in large steps, which do not wait for launches.
+QUICK = PAPER | dict(
+    resolution=16, model_channels=32, channel_mult=[1, 2, 2], num_blocks=1, attention=[8], dropout=0.0,
+    teacher_kimg=280, teacher_lr=2e-3, teacher_ema=0.998, kimg=51, batch=128, lr=2e-4, flow_lr=4e-4,
+    lr_decay=0.6, ema=0.995, l1_weight=1.0, weight="sid", samples=5000, save_every=200, picture_every=100,
+)
+QUICK_ON_GPU = QUICK | dict(
+    resolution=32, model_channels=64, num_blocks=2, attention=[16], teacher_kimg=1000, kimg=300, batch=512,
+)
 
 DATA_FLAGS = {
     "data": Setting(str, None, "cifar10, digits, or a folder with one sub-folder per class"),
-    "resolution": Setting(int, fgm.COUNT, "crop and resize the images of a folder to this size"),
+    "resolution": Setting(int, fgm.COUNT, "crop and resize the images of a folder, or shrink cifar10"),
     "cond": Setting(bool, None, "class-conditional networks (table 2 of the paper)"),
     "flip": Setting(argparse.BooleanOptionalAction, None, "horizontal flips when the teacher trains"),
 }
 OUT_FLAGS = {
     "out": Setting(str, None, "output folder (default: runs/DATA, with -cond if conditional)"),
     "paper": Setting(bool, None, "the paper's settings on any data"),
+    "quick": Setting(bool, None, "a small network, trained briefly, for photographs: 16x16 on a "
+                                 "CPU, 32x32 on a GPU"),
 }
 TEACHER_FLAGS = {
     "teacher": Setting(str, None, "a network file of ours, or a published EDM pickle, to distil"),
@@ -83,13 +94,16 @@ SAMPLE_FLAGS = {
     "sample": Setting(int, fgm.COUNT, "draw N images from the run in OUT or --generator FILE", metavar="N"),
     "generator": Setting(str, None, "a generator.safetensors, all that sampling needs", metavar="FILE"),
     "ode_steps": Setting(int, fgm.COUNT, "draw from the teacher with K Euler steps instead", metavar="K"),
-    "classes": Setting(int, "[0, 1e9]", "draw these classes in turn", "+"),
+    "classes": Setting(int, "[0, 1e9]", "draw these in turn, not each as often as in the data", "+"),
     "npz": Setting(bool, None, "also write the images as a uint8 array"),
 }
 
 
 def defaults(given):
-    """The settings for the data that the command line names."""
+    """The settings for the data that the command line names, and with --quick for the device."""
+    if given.quick:
+        gpu = given.device.startswith("cuda") if given.device else torch.cuda.is_available()
+        return QUICK_ON_GPU if gpu else QUICK
     if given.data != "digits" or given.paper:
         return PAPER
     return DIGITS if given.cond else DIGITS_UNCONDITIONAL
@@ -113,9 +127,14 @@ def arguments():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     always = {name: ["sample"] for name in SAMPLE_FLAGS if name != "sample"} | {"inception_weights": ["fid"]}
     meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device"]
-    return parser.parse_with(
+    args = parser.parse_with(
         defaults, lambda args: always | ({"teacher": ["ode_steps"]} if args.sample else {}),
         {"sample": meaningful, "generator": {*meaningful} - {"data", "cond", "ode_steps"}})
+    if args.quick and args.paper:
+        parser.error("--quick and --paper contradict each other: give one of them")
+    if args.quick and args.data == "digits":
+        parser.error("--quick is for photographs: --data digits is quick as it is")
+    return args
 
 
 def out_folder(args):
@@ -131,9 +150,9 @@ def out_folder(args):
 def draw_from_files(args, device):
     """--sample: images of a finished run, or of a network file alone."""
     out = out_folder(args)
-    sampler, network = sampler_from_file(args, out, device)
+    sampler, network, class_counts = sampler_from_file(args, out, device)
     began = time.perf_counter()
-    pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), network["label_dim"],
+    pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), class_counts,
                                         device, args.seed, args.classes, what="drawing")
     seconds = time.perf_counter() - began
     if fgm.process_rank() > 0:
@@ -149,8 +168,8 @@ def draw_from_files(args, device):
 
 
 def sampler_from_file(args, out, device):
-    """(sampler, description of its network): the generator, or with --ode-steps the teacher, of out or file.
-
+    """(sampler, description of its network, class_counts) of out or file: its generator, or with --ode-steps
+    its teacher. A file from before class_counts were kept has all classes alike.
     Raises InputError for a file that is missing or no generator, and for classes that it does not have."""
     if args.ode_steps:
         path = Path(args.teacher or out / "teacher.safetensors")
@@ -165,15 +184,22 @@ def sampler_from_file(args, out, device):
     if args.classes and max(args.classes) >= (label_dim := network["label_dim"]):
         possible = f"must lie in 0..{label_dim - 1}" if label_dim else "needs a conditional network"
         raise InputError(f"--classes {possible}")
+    counts = description.get("class_counts", [1] * network["label_dim"])
+    if type(counts) is not list or len(counts) != network["label_dim"] or \
+            any(type(count) is not int or not 0 < count < 1e9 for count in counts):
+        raise InputError(f"{path} cannot be used: its class_counts are not one number for each class")
     net = net.to(device)
     if args.ode_steps:
-        return partial(fgm.sample_ode, net, steps=args.ode_steps), network
-    return fgm.OneStepGenerator(net, **description["generator"]), network
+        return partial(fgm.sample_ode, net, steps=args.ode_steps), network, counts
+    return fgm.OneStepGenerator(net, **description["generator"]), network, counts
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The steps of a run
 # ------------------------------------------------------------------------------------------------------------
+
+
+JUDGE = "judge.safetensors"  # in the output folder
 
 
 def initial_network(args, real, label_dim):
@@ -192,16 +218,18 @@ def initial_network(args, real, label_dim):
     return build(network), network
 
 
-def prepare_scores(args, real, device):
-    """(Judge of the labels or None, distance between two halves of the data), on the first process.
+def check_scores(args, real, out, device):
+    """A score that cannot be measured fails here, on all processes, and not at the end."""
+    if len(real.pixels) < 4:
+        raise InputError(f"the data has {len(real.pixels)} images; its scores need at least 4")
 
-    A score that cannot be measured fails here, not at the end."""
-    if fgm.process_rank() > 0:
-        return None, None
-    if args.fid:
-        images.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device)
-    with bar("scoring the data itself"):
-        return images.train_judge(real) if args.cond else None, images.noise_floor(real.pixels)
+    def check():
+        if (out / JUDGE).exists() and not args.overwrite and real.pixels.shape[-1] > scores.SMALL:
+            scores.NetworkJudge.load(out / JUDGE, real, args.cond, device)
+        if args.fid:
+            scores.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device)
+
+    run.first_process(check)
 
 
 def main():
@@ -213,21 +241,25 @@ def main():
 
     # Data, networks, folder.
     real = images.load_images(args.data, args.resolution, args.cond)
-    label_dim = len(real.classes) if args.cond else 0
+    class_counts = real.class_counts() if args.cond else []
+    label_dim = len(class_counts)
     net, network = initial_network(args, real, label_dim)
     sizes.check_sizes(args, device, math.prod(image_shape(network)))
     out = run.open_folder(out_folder(args))
-    judge, floor = prepare_scores(args, real, device)
+    check_scores(args, real, out, device)
     net, shape = net.to(device), image_shape(network)
     memory.settle_micro_batch(args, net, shape, label_dim)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
         run.shard(module, [block for block in module.modules() if isinstance(block, Block)])
     data, conditions = images.data_functions(real, label_dim, args.flip, device)
-    description = {"network": network, "data": args.data, "classes": real.classes}
+    description = {"network": network, "data": args.data, "classes": real.classes,
+                   "class_counts": class_counts}
     folder_run = run.folder_run(args, out)
-    folder_run.fingerprint = {
-        "data": args.data, "network": network, "teacher": args.teacher, "flip": args.flip}
+    folder_run.fingerprint = {"data": args.data, "images": real.fingerprint(), "network": network,
+                              "teacher": args.teacher, "flip": args.flip}
+    if args.overwrite and fgm.process_rank() == 0:
+        (out / JUDGE).unlink(missing_ok=True)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
 
@@ -247,11 +279,12 @@ def main():
     for module in (net, flow):
         module.load_state_dict(teacher.state_dict())
 
-    def draw(sampler, n):
+    def draw(sampler, n, in_turn):
+        classes = range(label_dim) if in_turn else None
         with torch.autocast(device.type, torch.bfloat16, enabled=fgm.wants_bf16(args.precision, device)):
-            return images.draw_images(sampler, n, shape, label_dim, device, args.seed)[0]
+            return images.draw_images(sampler, n, shape, class_counts, device, args.seed, classes)[0]
 
-    folder_run.picture = images.pictures(out, real.pixels, teacher, draw, min(args.samples, 500))
+    folder_run.picture = scores.pictures(out, real.pixels, teacher, draw, min(args.samples, 500))
     folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher)}
     generator, distill_seconds = fgm.distill(
         teacher, generator, flow, shape, conditions=conditions, run=folder_run, **settings)
@@ -263,12 +296,12 @@ def main():
     steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)
     samplers = {number: partial(fgm.sample_ode, teacher, steps=number) for number in steps}
     samplers["one step"] = generator
-    rows = score(args, real, judge, samplers, label_dim, device, out)
+    rows, of_data, about = score(args, real, samplers, class_counts, device, out)
     if fgm.process_rank() == 0:
         seconds = {"teacher": teacher_seconds, "distillation": distill_seconds}
         seconds["scores"] = time.perf_counter() - began
-        write_results(args, description, real, judge, floor, rows, seconds, out)
-        print_results(args, real, judge, floor, rows, seconds, out)
+        write_results(args, description, of_data, rows, about, seconds, out)
+        print_results(args, real, of_data, rows, about, seconds, out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -276,28 +309,36 @@ def main():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def score(args, real, judge, samplers, label_dim, device, out):
+def score(args, real, samplers, class_counts, device, out):
     """Draw from all samplers with the same seeds, and write a picture of each. A collective call.
 
-    samplers: {steps of the teacher, or "one step": sampler}. Returns {the same name: {score: value}}, on
-    the first process alone."""
-    rows, drawn = {}, {}
+    samplers: {steps of the teacher, or "one step": sampler}. Returns {the same name: {score: value}}, the
+    scores of the data itself, and what metrics.json says of how it was measured, on the first process alone.
+    """
+    first = fgm.process_rank() == 0
+    scorer = scores.Scores(real, args.cond, args.flip, device, out / JUDGE) if first else None
+    rows, shown, shape = {}, {}, tuple(real.pixels.shape[1:])
     for name, sampler in samplers.items():
         began = time.perf_counter()
-        shape = tuple(real.pixels.shape[1:])
-        pixels, labels = images.draw_images(
-            sampler, args.samples, shape, label_dim, device, args.seed, what=f"scoring: {title(name)}")
+        pixels, labels = images.draw_images(sampler, args.samples, shape, class_counts, device, args.seed,
+                                            what=f"scoring: {title(name)}")
         seconds = time.perf_counter() - began
-        if fgm.process_rank() > 0:
+        classes = range(len(class_counts))  # in turn: to be looked at
+        grid = images.draw_images(sampler, min(100, args.samples), shape, class_counts, device, args.seed,
+                                  classes)[0]
+        if not first:
             continue
-        row = {"pixel_frechet": images.pixel_frechet(real.pixels, pixels), "seconds": seconds}
-        if label_dim:
-            row["accuracy"], row["worst_class"] = judge.accuracy(images.raw_pixels(pixels), labels)
+        rows[name], shown[title(name)] = scorer.of(pixels, labels) | {"seconds": seconds}, grid
         if args.fid:
-            row["fid"] = images.fid(real.pixels, pixels, args.inception_weights, device)
-        rows[name], drawn[title(name)] = row, pixels[:100]
-    images.save_samples(out, drawn)
-    return rows
+            rows[name]["fid"] = scores.fid(real.pixels, pixels, args.inception_weights, device)
+    images.save_samples(out, shown)
+    if not first:
+        return None, None, None
+    return rows, scorer.of_data, {
+        "main": "fid" if args.fid else scorer.main,
+        "detector": "torch-fidelity Inception-v3" if args.fid else scorer.detector,
+        "noise_of": scorer.main, "noise_floor_of": scorer.split, "images": len(real.pixels),
+    }
 
 
 def title(name):
@@ -305,42 +346,51 @@ def title(name):
     return name if name == "one step" else f"teacher, {name} step{'s' * (name > 1)}"
 
 
-def metric_name(args):
-    if not args.fid:
-        return "pixel Frechet distance"
+TITLES = {"judge_frechet": "judge Frechet distance", "pixel_frechet": "pixel Frechet distance"}
+
+
+def metric_name(args, score):
+    """What a distance is called; FID is that of 50,000 samples or more alone."""
+    if score != "fid":
+        return TITLES[score]
     return "FID" if args.samples >= 50_000 else f"fid-{args.samples / 1000:g}k"
 
 
-def write_results(args, description, real, judge, floor, rows, seconds, out):
+def write_results(args, description, of_data, rows, about, seconds, out):
     """config.json and metrics.json."""
-    key = "fid" if args.fid else "pixel_frechet"
+    main = about["main"]
     run.write_results(out, description | {"settings": vars(args) | {"out": str(out)}}, {
-        "metric": metric_name(args), "samples": args.samples,
-        "against": f"{len(real.pixels)} training images of {args.data}",
-        "detector": "torch-fidelity Inception-v3" if args.fid else "raw pixels",
-        "teacher": {str(name): row[key] for name, row in rows.items() if name != "one step"},
-        "one_step": rows["one step"][key],
-        "noise_floor_two_halves": floor,
-        "judge_own_accuracy": judge.own_accuracy if judge else None,
+        "metric": metric_name(args, main), "samples": args.samples,
+        "against": f"{about['images']} training images of {args.data}",
+        "labels": "drawn as often as the data has each class" if args.cond else "none",
+        "detector": about["detector"],
+        "teacher": {str(name): row[main] for name, row in rows.items() if name != "one step"},
+        "one_step": rows["one step"][main],
+        "noise_floor": of_data, "noise_floor_of": about["noise_floor_of"],
         "rows": {str(name): row for name, row in rows.items()}, "seconds": seconds,
     })
 
 
-def print_results(args, real, judge, floor, rows, seconds, out):
-    """The table of scores."""
+def print_results(args, real, of_data, rows, about, seconds, out):
+    """The table of scores. After the main distance: what another draw of the samples would move it by."""
     data = f"{args.data} (conditional)" if args.cond else args.data
-    print(f"{data}: {args.samples:,} samples against {len(real.pixels):,} training images")
-    titles = f"{'accuracy':>10}{'worst class':>13}" if args.cond else ""
-    print(f"  {'':18}{metric_name(args):>24}{titles}{'seconds':>9}")
+    print(f"{data}: {args.samples:,} samples against {len(real.pixels):,} training images of "
+          f"{real.pixels.shape[-1]}x{real.pixels.shape[-1]}")
+    shares = ["accuracy", "worst_class"] if args.cond else []
+    distances = [name for name in ("fid", *TITLES) if name in rows["one step"]]
+    headings = "".join(f"{metric_name(args, name):>26}" for name in distances)
+    headings += "".join(f"{name.replace('_', ' '):>13}" for name in shares)
+    print(f"  {'':18}{headings}{'seconds':>9}")
 
-    accuracy = f"{judge.own_accuracy:10.2%}" if judge and judge.own_accuracy is not None else ""
-    note = "   (pixel Frechet distance)" if args.fid else ""
-    print(f"  {'data, two halves':18}{floor:24.4f}{accuracy}{note}")
-
-    for name, row in rows.items():
-        distance = row["fid" if args.fid else "pixel_frechet"]
-        accuracies = f"{row['accuracy']:10.2%}{row['worst_class']:13.2%}" if args.cond else ""
-        print(f"  {title(name):18}{distance:24.4f}{accuracies}{row['seconds']:9.1f}")
+    for name, row in {f"data, {about['noise_floor_of']}": of_data, **rows}.items():
+        line = f"  {name if row is of_data else title(name):18}"
+        for score in distances:
+            value = f"{row[score]:.4f}" if row.get(score) is not None else ""
+            noise = row.get("noise") if score == about["noise_of"] else None
+            line += f"{value + (f' +- {noise:.4f}' if noise is not None else ''):>26}"
+        for score in shares:
+            line += f"{row[score]:13.2%}" if row.get(score) is not None else " " * 13
+        print(line + (f"{row['seconds']:9.1f}" if "seconds" in row else ""))
 
     print("  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
           + f"; pictures and metrics.json in {out}")

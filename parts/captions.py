@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from fgm import InputError
-from parts.images import Judge, digits, frechet_distance, to_float
+from parts.images import digits, to_float
+from parts.scores import Judge, frechet_distance
 
 SIZE = 32  # pixels
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -1,11 +1,12 @@
-"""Images: files, data sets, drawing samples in batches, and the scores of samples.
+"""Images: files, data sets, and drawing samples in batches.
 
 Images are uint8 tensors [N, C, R, R] wherever they are kept, float32 in -1..1 wherever a network sees them.
 """
 
 import math
 import os
-from functools import cache, lru_cache
+import zlib
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
 from parts.bars import bar, batches
-from parts.progress import scores
 from parts.run import atomically, first_process, moved, noise_from
 from parts.sizes import check_memory
 
@@ -121,28 +121,46 @@ class Images(NamedTuple):
     labels: torch.Tensor
     classes: list
 
+    def class_counts(self):
+        """How many images each class has, a list of int."""
+        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def fingerprint(self):
+        """A checksum of pixels and labels."""
+        return f"{zlib.crc32(self.labels.numpy(), zlib.crc32(self.pixels.numpy())):08x}"
+
 
 def load_images(data, resolution=None, cond=False):
     """The training images of "cifar10" (downloaded on first use), "digits" (scikit-learn's, no network),
     or a folder with one sub-folder per class. Returns Images.
 
-    Folders: greyscale, palette and alpha become RGB; resolution: centre-crop to a square and resize to it.
-    Raises InputError, naming the file, for images that cannot be read or, without resolution, are not all of
-    one square size; and for data sets that cannot be had."""
+    Folders: greyscale, palette and alpha become RGB. resolution: CIFAR-10 is shrunk to it, images of a folder
+    are cropped to their central square and resized. Raises InputError, naming the file, for images that
+    cannot be read or, without resolution, are not all of one square size; and for data sets that cannot be
+    had."""
     if data == "digits":
         values, labels = digits()
         pixels = (values * 255 / 16).round().to(torch.uint8)[:, None]  # [N, 8, 8] -> [N, 1, 8, 8]
         images = Images(pixels, labels, [str(digit) for digit in range(10)])
     elif data == "cifar10":
         images = cifar10()
+        if resolution and resolution < images.pixels.shape[-1]:
+            images = images._replace(pixels=shrunk(images.pixels, resolution).round().to(torch.uint8))
     else:
-        with bar(f"reading {data}"):
-            images = image_folder(Path(data), resolution)
+        images = image_folder(Path(data), resolution)
     if cond and len(images.classes) < 2:
         raise InputError(f"--cond needs at least two classes, {data} has {len(images.classes)}")
     if resolution and images.pixels.shape[-1] != resolution:
-        raise InputError(f"{data} has resolution {images.pixels.shape[-1]}; --resolution is for folders")
+        raise InputError(f"{data} has resolution {images.pixels.shape[-1]}; --resolution is for folders, and "
+                         "to shrink cifar10")
     return images
+
+
+def shrunk(pixels, resolution):
+    """uint8 images [N, C, R, R] averaged to at most resolution x resolution: float32 0..255, as many."""
+    if pixels.shape[-1] <= resolution:
+        return pixels.float()
+    return torch.cat([F.adaptive_avg_pool2d(part.float(), resolution) for part in pixels.split(1000)])
 
 
 @cache
@@ -199,11 +217,18 @@ def image_folder(root, resolution):
     for folder in folders:
         refuse_link_out(folder, root)
     classes = sorted(folder.name for folder in folders)
-    files = {name: image_files(root / name) for name in classes}
+    with bar(f"listing {root}"):
+        files = {name: image_files(root / name) for name in classes}
+    empty = [name for name in classes if not files[name]]
+    if empty:
+        raise InputError(f"{root} has no images in its sub-folder {empty[0]}")
+    if not files:
+        raise InputError(f"{root} has no sub-folders; it needs one a class, with the images inside")
     check_memory(f"--resolution {resolution}", 3 * (resolution or 1) ** 2 * sum(map(len, files.values())))
+    labelled = [(label, path) for label, name in enumerate(classes) for path in files[name]]
     pixels, labels = [], []
-    for label, name in enumerate(classes):
-        for path in files[name]:
+    with bar(f"reading {root}", len(labelled)) as shown:
+        for label, path in labelled:
             image = read_image(path)
             if resolution:
                 image = fit(image, resolution)
@@ -213,12 +238,7 @@ def image_folder(root, resolution):
                                  "--resolution R makes all images one size")
             pixels.append(np.asarray(image))
             labels.append(label)
-
-    empty = [name for label, name in enumerate(classes) if label not in set(labels)]
-    if empty:
-        raise InputError(f"{root} has no images in its sub-folder {empty[0]}")
-    if not pixels:
-        raise InputError(f"{root} has no sub-folders; it needs one a class, with the images inside")
+            shown.update()
     return Images(channels_first(np.stack(pixels)), torch.tensor(labels), classes)
 
 
@@ -267,206 +287,49 @@ def images_at_once(shape):
     return max(1, 500 * 32**2 // max(32**2, shape[1] * shape[2]))
 
 
-def draw_images(sampler, n, shape, label_dim, device, seed=0, classes=None, batch=None, what=None):
+def labels_of(indices, class_counts, seed=0):
+    """Labels of the samples with these indices, int64 [B] each, as often as the data has each class.
+
+    Sample i gets the label of image (i + seed) step modulo N of the N data, ordered by class. The step has no
+    factor in common with N, so that N samples have each class exactly as often as the data; and it is near
+    the golden section of N, so that fewer are spread as evenly as a lattice of one dimension can."""
+    n = sum(class_counts)
+    step = max(1, round(n * (math.sqrt(5) - 1) / 2))
+    while math.gcd(step, n) > 1:
+        step += 1
+    positions = (indices + seed) % n * step % n
+    return torch.searchsorted(torch.tensor(class_counts).cumsum(0), positions, right=True)
+
+
+def draw_images(sampler, n, shape, class_counts, device, seed=0, classes=None, batch=None, what=None):
     """n images of sampler(noise, **cond) -> x0, uint8 [n, *shape], and their labels [n], on every CPU.
 
-    Image i has class classes[i % len(classes)] (by default all classes in turn) and noise that depends on
+    class_counts: how many images of each class the data has, empty if the sampler takes no labels. Image i
+    has the label of labels_of, or classes[i % len(classes)] if classes are given, and noise that depends on
     (seed, i) alone. A collective call: the processes share each batch. A last batch that is not full is
     filled with images that are dropped, because sharded networks must be called by all processes. what: the
     title of a progress bar."""
     check_memory(f"{n} images", 2 * n * math.prod(shape))
-    classes = torch.tensor(range(label_dim or 1) if classes is None else classes)
     share = math.ceil(min(batch or images_at_once(shape), n) / world_size())
+    size = share * world_size()
+    indices = torch.arange(math.ceil(n / size) * size)
+    if not class_counts:
+        labels = torch.zeros_like(indices)
+    elif classes is None:
+        labels = labels_of(indices, class_counts, seed)
+    else:
+        labels = torch.tensor(classes)[indices % len(classes)]
     images = []
-    for begin in batches(n, share * world_size(), what):
-        indices = begin + process_rank() * share + torch.arange(share)
+    for begin in batches(n, size, what):
+        mine = indices[begin + process_rank() * share :][:share]
         cond = {}
-        if label_dim:
-            labels = classes[indices % len(classes)]
-            cond["class_labels"] = F.one_hot(labels, label_dim).float().to(device)
+        if class_counts:
+            cond["class_labels"] = F.one_hot(labels[mine], len(class_counts)).float().to(device)
         with torch.no_grad():
-            part = to_uint8(sampler(noise_from(seed * 2**32 + indices, shape, device), **cond))
+            part = to_uint8(sampler(noise_from(seed * 2**32 + mine, shape, device), **cond))
         if world_size() > 1:
             parts = [torch.empty_like(part) for _ in range(world_size())]
             dist.all_gather(parts, part)
             part = torch.cat(parts)  # processes x [share, C, R, R] -> [batch, C, R, R]
         images.append(part.cpu())
-    return torch.cat(images)[:n], classes[torch.arange(n) % len(classes)]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Scores
-# ------------------------------------------------------------------------------------------------------------
-
-
-def frechet_distance(a, b):
-    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) between Gaussians fitted to features a [N, D] and b [M, D].
-
-    Raises InputError for fewer than two samples and for features that are not finite."""
-    if min(len(a), len(b)) < 2:
-        raise InputError(f"a Fréchet distance needs two images on either side, got {len(a)} and {len(b)}")
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise InputError("no Fréchet distance: the features of some images are not finite")
-    check_memory(f"a Fréchet distance of {a.shape[1]} values a sample", 3 * 8 * a.shape[1] ** 2)
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, axes = torch.linalg.eigh(cov_a)
-    root = axes * values.clamp(min=0).sqrt() @ axes.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
-
-
-def raw_pixels(pixels):
-    """uint8 images [N, C, R, R] as features, their values in -1..1: float32 [N, D]."""
-    return to_float(pixels).flatten(1)  # [N, C, R, R] -> [N, D]
-
-
-def pixel_frechet(real, fake):
-    """Fréchet distance on the raw pixels (-1..1) of uint8 images [N, C, R, R]."""
-    return frechet_distance(raw_pixels(real), raw_pixels(fake))
-
-
-def coarse_frechet(real, fake, size=8):
-    """pixel_frechet of at most 10,000 real images and few fake ones, averaged to size x size pixels: cheap.
-
-    Beside pixel_frechet of many samples it is too large, since few samples vary; compare it with its like."""
-    real = real[random_order(len(real))[:10_000]]
-    features = [F.adaptive_avg_pool2d(to_float(pixels), size).flatten(1) for pixels in (real, fake)]
-    return frechet_distance(*features)  # each [N, C, R, R] -> [N, C, 8, 8] -> [N, D]
-
-
-def pictures(out, real, teacher, draw, samples):
-    """A picture(step, generator) for FolderRun: a grid of 100 images in out, and coarse_frechet for the log.
-
-    real: uint8 [N, C, R, R]. draw(sampler, n): n images of a fixed seed; every process calls it. samples: how
-    many the score is measured on."""
-    scored = scores(teacher, lambda sampler: coarse_frechet(real, draw(sampler, samples)))
-
-    def picture(step, generator):
-        grid = draw(generator, 100)
-        if process_rank() == 0:
-            save_grid(out / f"distill-{step:07d}.png", grid)
-        return scored(step, generator)
-
-    return picture
-
-
-def random_order(n):
-    """A fixed random permutation of 0..n-1."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
-
-
-def train_judge(images, limit=5000):
-    """A cross-validated Judge of `limit` images, chosen at random, and their labels.
-
-    A class that is not among them is there with one image more."""
-    order = random_order(len(images.pixels))
-    _, first = np.unique(images.labels[order], return_index=True)
-    chosen = order[np.union1d(np.arange(min(limit, len(order))), first)]
-    return Judge(raw_pixels(images.pixels[chosen]), images.labels[chosen], folds=5)
-
-
-def noise_floor(pixels):
-    """Pixel Fréchet distance between two random halves of real images: uint8 [N, C, R, R], N >= 4."""
-    if len(pixels) < 4:
-        raise InputError(f"the data has {len(pixels)} images; its scores need at least 4")
-    order = random_order(len(pixels))
-    half = len(order) // 2
-    return pixel_frechet(pixels[order[:half]], pixels[order[half:]])
-
-
-class Judge:
-    """Do samples look like their label? A support vector classifier of features [N, D], trained on real ones.
-
-    own_accuracy: its cross-validated accuracy on real ones if folds are given (as many fits, no more than the
-    smallest class has samples), else None; None too if a class has one sample. Raises InputError for one
-    class."""
-
-    def __init__(self, features, labels, folds=None):
-        from sklearn.model_selection import cross_val_score
-        from sklearn.svm import SVC
-
-        x, y = features.numpy(), labels.numpy()
-        _, sizes = np.unique(y, return_counts=True)
-        if len(sizes) < 2:
-            raise InputError(f"a judge of labels needs images of at least two classes, got {len(sizes)}")
-        folds = min(folds or 1, sizes.min())
-        self.own_accuracy = None
-        if folds > 1:
-            self.own_accuracy = float(cross_val_score(SVC(C=10), x, y, cv=folds).mean())
-        self.classifier = SVC(C=10).fit(x, y)
-
-    def agrees(self, features, labels):
-        """Whether each sample is classified as its label: bool [N]."""
-        return torch.from_numpy(self.classifier.predict(features.numpy())) == labels
-
-    def accuracy(self, features, labels):
-        """(share of samples classified as their label, the smallest such share of any class)."""
-        right = self.agrees(features, labels).float()
-        return right.mean().item(), min(right[labels == label].mean().item() for label in labels.unique())
-
-
-class RGB(torch.utils.data.Dataset):
-    """uint8 images [N, C, R, R], C 1 or 3, as torch-fidelity takes them: a data set of uint8 [3, R, R]."""
-
-    def __init__(self, pixels):
-        self.pixels = pixels.expand(-1, 3, -1, -1)
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def __getitem__(self, i):
-        return self.pixels[i]
-
-
-@cache
-def inception(weights, device):
-    """torch-fidelity's Inception network. weights: their file, None to download them.
-
-    Raises InputError if they cannot be had."""
-    from torch_fidelity.utils import create_feature_extractor
-
-    try:
-        if weights:
-            torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run its content
-        return create_feature_extractor("inception-v3-compat", ["2048"], cuda=device.type == "cuda",
-                                        verbose=False, feature_extractor_weights_path=weights)
-    except Exception as error:  # a foreign file can fail in any way at all
-        if weights:
-            reason = f"the Inception weights {weights} cannot be used"
-        else:
-            reason = "the Inception weights cannot be downloaded; give --inception-weights FILE"
-        raise InputError(f"no FID: {reason} ({' '.join(str(error).split())[:200]})") from error
-
-
-def inception_statistics(pixels, weights, device):
-    """{"mu": mean [2048], "sigma": covariance} of the Inception features of uint8 images [N, C, R, R].
-
-    Raises InputError for fewer than two images, and for features that are not finite."""
-    from torch_fidelity.metric_fid import fid_input_id_to_statistics
-
-    if len(pixels) < 2:
-        raise InputError(f"no FID: it needs at least two images on either side, got {len(pixels)}")
-    network, on_gpu = inception(weights, device), device.type == "cuda"
-    with bar(f"Inception features of {len(pixels):,} images"):
-        statistics = fid_input_id_to_statistics(1, network, "2048", input1=RGB(pixels), cuda=on_gpu,
-                                                verbose=False)
-    if not np.isfinite(statistics["sigma"]).all():
-        raise InputError("no FID: some Inception features are not finite; are the Inception weights whole?")
-    return statistics
-
-
-# One tensor of real images is scored against again and again. In memory, because torch-fidelity's own cache
-# is a file of all features under a name, which may outlive the images that it was made from.
-real_statistics = lru_cache(maxsize=1)(inception_statistics)
-
-
-def fid(real, fake, weights, device):
-    """Fréchet Inception distance of uint8 images, by torch-fidelity.
-
-    weights: a file of its Inception network, None to download it. Raises InputError if that cannot be had.
-    The features of real are computed once, as long as it is the same tensor."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
-    statistics = inception_statistics(fake, weights, device), real_statistics(real, weights, device)
-    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    return torch.cat(images)[:n], labels[:n]

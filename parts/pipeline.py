@@ -15,7 +15,7 @@ import fgm
 from fgm import InputError
 from parts.bars import bar, batches
 from parts.files import atomically, open_folder, save_tensors
-from parts.images import frechet_distance, refuse_link_out, save_grid, to_uint8
+from parts.images import refuse_link_out, save_grid, to_uint8
 from parts.progress import scores
 from parts.prompts import (
     encoded,
@@ -26,6 +26,7 @@ from parts.prompts import (
     text_of,
 )
 from parts.run import noise_from, read_json
+from parts.scores import frechet_distance
 
 # ------------------------------------------------------------------------------------------------------------
 # The source pipeline

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ENV, assert_refused, command, drive, drive_here
+from PIL import Image
 from safetensors.torch import load_file
 from test_images import folder
 from torch import nn
@@ -25,7 +26,8 @@ import cifar
 import fgm
 from parts import progress, run
 from parts.edm import Conv, EDMUNet, EDMVelocity, GroupNorm, load_edm, load_network
-from parts.images import draw_images, load_images, pixel_frechet
+from parts.images import draw_images, load_images
+from parts.scores import pixel_frechet
 
 SMALL = [
     "--data", "digits", "--model-channels", "8", "--num-blocks", "1", "--batch", "16", "--kimg", "0.32",
@@ -292,12 +294,12 @@ def test_foreign_pickles_are_refused_and_never_executed(edm_pickle, tmp_path):
 def test_image_i_is_the_same_whatever_the_batch():
     net = small_net(label_dim=10)
     generator = fgm.OneStepGenerator(net, 0.9)
-    some, labels = draw_images(generator, 12, (1, 8, 8), 10, "cpu", seed=3, batch=5)
-    more, _ = draw_images(generator, 30, (1, 8, 8), 10, "cpu", seed=3, batch=30)
-    assert (some.int() - more[:12].int()).abs().max() <= 1 and labels.tolist() == [*range(10), 0, 1]
-    others, _ = draw_images(generator, 12, (1, 8, 8), 10, "cpu", seed=4)
+    some, labels = draw_images(generator, 12, (1, 8, 8), [1] * 10, "cpu", seed=3, batch=5)
+    more, _ = draw_images(generator, 30, (1, 8, 8), [1] * 10, "cpu", seed=3, batch=30)
+    assert (some.int() - more[:12].int()).abs().max() <= 1 and sorted(labels[:10].tolist()) == [*range(10)]
+    others, _ = draw_images(generator, 12, (1, 8, 8), [1] * 10, "cpu", seed=4)
     assert (others.int() - some.int()).abs().max() > 10
-    assert draw_images(generator, 4, (1, 8, 8), 10, "cpu", classes=[7, 2])[1].tolist() == [7, 2, 7, 2]
+    assert draw_images(generator, 4, (1, 8, 8), [1] * 10, "cpu", classes=[7, 2])[1].tolist() == [7, 2, 7, 2]
 
 
 # The command
@@ -317,9 +319,11 @@ def test_command_writes_what_it_promises(finished):
     assert metrics["teacher"].keys() == {"1", "10", "50"} and metrics["metric"] == "pixel Frechet distance"
     assert f"{metrics['one_step']:.4f}" in printed and "GB, in a distillation step" in printed
     net, description = load_network(out / "generator.safetensors")
-    generator = fgm.OneStepGenerator(net, **description["generator"])
-    pixels, labels = draw_images(generator, 60, (1, 8, 8), 10, "cpu")
-    distance = pixel_frechet(load_images("digits").pixels, pixels)
+    generator, real = fgm.OneStepGenerator(net, **description["generator"]), load_images("digits")
+    assert description["class_counts"] == real.class_counts()
+    assert metrics["labels"] == "drawn as often as the data has each class"
+    pixels, labels = draw_images(generator, 60, (1, 8, 8), real.class_counts(), "cpu")
+    distance = pixel_frechet(real.pixels, pixels)
     assert distance == pytest.approx(metrics["one_step"], rel=1e-3)
     curves, teacher = progress.read(out / "log.jsonl")  # on as few samples, the same distance
     assert curves["score"] == ([20], [pytest.approx(metrics["one_step"])])
@@ -338,16 +342,17 @@ def test_command_writes_what_it_promises(finished):
 MOMENTS = ["checkpoints/teacher-000000010", "checkpoints/distill-000000010", "generator.safetensors"]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, moment):
-    started = command("cifar.py", *SMALL, "--cond", "--out", tmp_path)
-    process = subprocess.Popen(started, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / moment).exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "metrics.json").exists()
-    done = drive_here(cifar, *SMALL, "--cond", "--out", tmp_path)
+def test_killed_at_three_moments_and_resumed_equals_uninterrupted(finished, tmp_path):
+    line = [*SMALL, "--cond", "--out", tmp_path, "--samples", "20"]
+    for moment in MOMENTS:
+        started = command("cifar.py", *line)
+        process = subprocess.Popen(started, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / moment).exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (tmp_path / moment).exists() and not (tmp_path / "metrics.json").exists()
+    done = drive_here(cifar, *line)
     assert done.returncode == 0, done.stderr
     for name in ("teacher", "generator"):
         whole, resumed = (load_file(path / f"{name}.safetensors") for path in (finished[0], tmp_path))
@@ -400,6 +405,9 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         ([*SMALL, "--cond", "--out", out, "--fid", "--inception-weights", cut], "no FID"),
         (["--data", "digits", "--out", out / "config.json"], "cannot write"),
         (["--colour"], "unrecognized arguments"),
+        (["--quick", "--paper"], "--quick and --paper contradict each other"),
+        (["--quick", "--data", "digits"], "--quick is for photographs"),
+        (["--quick", "--sample", "4", "--out", out], "--quick means nothing with --sample"),
         (["--sample", "4", "--teacher", teacher, "--out", out], "nothing without --ode-steps"),
         (["--sample", "4", "--generator", teacher, "--data", "digits"], "--data means nothing with"),
         (["--sample", "4", "--generator", teacher, "--ode-steps", "2"], "--ode-steps means nothing with"),
@@ -415,8 +423,37 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
 
 
 def test_two_processes_equal_one(finished, tmp_path):
-    done = drive("cifar.py", *SMALL, "--cond", "--out", tmp_path, processes=2)
+    done = drive("cifar.py", *SMALL, "--cond", "--out", tmp_path, "--samples", "4", processes=2)
     assert done.returncode == 0, done.stderr
     one, two = (load_file(path / "teacher.safetensors") for path in (finished[0], tmp_path))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
+
+
+def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
+    """The whole command on a folder of colour images of unequal classes: --quick's settings, shortened."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    values = np.random.default_rng(0).integers(0, 256, (24, 20, 20, 3)).astype(np.uint8)
+    for i, value in enumerate(values):
+        path = data / ("often" if i < 20 else "seldom") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(value).save(path)
+    line = ["--quick", "--cond", "--data", data, "--out", out, "--device", "cpu", "--model-channels", "8",
+            "--channel-mult", "1",
+            "--teacher-kimg", ".008", "--kimg", ".008", "--batch", "4", "--samples", "20", "--attention"]
+    done = drive_here(cifar, *line)
+    assert done.returncode == 0, done.stderr
+    metrics, config = (json.loads((out / name).read_text()) for name in ("metrics.json", "config.json"))
+    assert metrics["metric"] == "judge Frechet distance" and config["class_counts"] == [20, 4]
+    assert config["network"]["img_resolution"] == 16 and config["settings"]["weight"] == "sid"
+    row = metrics["rows"]["one step"]
+    assert row["judge_frechet"] == metrics["one_step"] and row["noise"] > 0
+    assert f"{row['judge_frechet']:.4f} +- {row['noise']:.4f}" in done.stdout
+
+    # Images of the same name that changed are noticed before anything is lost.
+    Image.fromarray(values[0]).save(data / "often" / "1.png")
+    assert_refused(cifar, [(line, "trained for other images; remove it")], out, monkeypatch, capfd)
+
+    # Samples drawn later have the data's shares.
+    assert drive_here(cifar, "--sample", "12", "--npz", "--out", out).returncode == 0
+    assert np.load(out / "samples-one-step.npz")["labels"].sum() == 2

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fgm
-from parts import hub, images, pipeline, prompts, real, run
+from parts import hub, images, pipeline, prompts, real, run, scores
 from tiny_sd3 import TRANSFORMER, text_parts, train_vae
 
 CPU = torch.device("cpu")
@@ -174,27 +174,27 @@ def test_judge_of_small_classes(sizes, own):
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     pixels = (labels * 200).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).to(torch.uint8)
     data = images.Images(pixels, labels, ["a", "b"])
-    judge = images.train_judge(data, limit=len(labels) - 1)  # even where a class is not among those chosen
-    assert judge.accuracy(images.raw_pixels(pixels), labels) == (1, 1)
+    judge = scores.train_judge(data, limit=len(labels) - 1)  # even where a class is not among those chosen
+    assert scores.accuracy(judge, scores.raw_pixels(pixels), labels) == (1, 1)
     assert judge.own_accuracy == (pytest.approx(1) if own else None)
 
 
 def test_judge_of_one_class():
     with refused("at least two classes"):
-        images.Judge(torch.randn(5, 3), torch.zeros(5))
+        scores.Judge(torch.randn(5, 3), torch.zeros(5))
 
 
 @pytest.mark.parametrize("a, message", [
-    (torch.zeros(1, 3), "two images on either side, got 1 and 4"),
-    (torch.zeros(0, 3), "got 0 and 4"),
+    (torch.zeros(1, 3), "two images on either side, got 1"),
+    (torch.zeros(0, 3), "got 0"),
     (torch.full((4, 3), torch.nan), "not finite"),
     (torch.full((4, 3), torch.inf), "not finite"),
 ])
 def test_frechet_distance_of_too_little(a, message):
     with refused(message):
-        images.frechet_distance(a, torch.randn(4, 3))
+        scores.frechet_distance(a, torch.randn(4, 3))
     with pytest.raises(fgm.InputError):
-        images.frechet_distance(torch.randn(4, 3), a)
+        scores.frechet_distance(torch.randn(4, 3), a)
 
 
 def test_fid_tells_its_failures_apart_and_counts_real_images_once(tmp_path, monkeypatch):
@@ -219,18 +219,18 @@ def test_fid_tells_its_failures_apart_and_counts_real_images_once(tmp_path, monk
     real, fake = torch.from_numpy(VALUES[:40]).permute(0, 2, 1)[..., None].split(20)
     write(tmp_path / "weights", b"no weights")
     with refused("Inception weights .* cannot be used"):
-        images.fid(real, fake, tmp_path / "weights", CPU)
-    monkeypatch.setattr(images, "inception", lambda weights, device: Means())
-    images.real_statistics.cache_clear()
+        scores.fid(real, fake, tmp_path / "weights", CPU)
+    monkeypatch.setattr(scores, "inception", lambda weights, device: Means())
+    scores.real_statistics.cache_clear()
     features = [torch.stack([x.double().mean((1, 2, 3)), x[:, 0, 0, 0].double()], 1) for x in (real, fake)]
     for i in range(3):
-        found = images.fid(real, fake, None, CPU)
-        assert found == pytest.approx(images.frechet_distance(*features)) and Means.seen == 20 * (i + 2)
+        found = scores.fid(real, fake, None, CPU)
+        assert found == pytest.approx(scores.frechet_distance(*features)) and Means.seen == 20 * (i + 2)
     with refused("two images on either side, got 1"):
-        images.fid(real, fake[:1], None, CPU)
+        scores.fid(real, fake[:1], None, CPU)
     Means.scale = float("nan")
     with refused("features are not finite"):
-        images.fid(real, fake, None, CPU)
+        scores.fid(real, fake, None, CPU)
 
 
 # Texts
