@@ -498,8 +498,9 @@ def check_setting(name, value, allowed, whole=False):
 
 def check_settings(**settings):
     """The settings, of which those in RANGES are checked."""
-    for name in settings.keys() & RANGES.keys():
-        check_setting(name, settings[name], RANGES[name], name in WHOLE_NUMBERS)
+    for name, value in settings.items():
+        if name in RANGES:
+            check_setting(name, value, RANGES[name], name in WHOLE_NUMBERS)
     return settings
 
 
