@@ -28,10 +28,11 @@ The map, from the paper to this file:
     marginal velocity (3.2)     GaussianMixture     (4.7) and Theorem 4.2 (4.8)     tests/test_theorems.py
 
 What the identity does not cover. L2 + l1_weight L1 = R_u - R_v + (l1_weight - 1) || u - v ||^2, so another
-l1_weight (the paper's 0 on images) is not one functional. A weight of t alone leaves the best v where it is;
-one that depends on u is a stopped gradient, of no functional. With t drawn differently for the players, each
-has its own. A GAN adds a second game. A saddle point need not be reached. (The paper has no min-max; RealUID,
-arXiv 2509.22459, has.) Unlike Algorithm 1 as printed, both players move at once, from the same samples, t is
+l1_weight (the paper's 0 on images) is not one functional. A weight of t alone on the generator's loss, or t
+drawn differently for the players, leaves the best v where it is, but gives each player a functional of its
+own; a weight that depends on u is a stopped gradient, of none. A GAN adds a second game. Alternating descent
+may circle a saddle point and not reach it. (The min-max is not in the paper; RealUID, arXiv 2509.22459, has
+it.) Unlike Algorithm 1 as printed, both players move at once, from the same samples, by Adam; t is
 logit-normal, as in the paper's experiments, and draws are stratified or quasi-random.
 
 Conventions. t is float32 of shape [B] in [0, 1]; t = 0 is data, t = 1 is noise. A velocity is noise - x0, an
@@ -94,8 +95,12 @@ def interpolate(x0, noise, t):
 
 
 def velocity(net, xt, t, **cond):
-    """net(xt, t, **cond), float32 or better. xt: [B, ...], t: [B]. Raises InputError for another shape."""
+    """net(xt, t, **cond), float32 or better. xt: [B, ...], t: [B].
+
+    Raises InputError for another shape, and if there is no gradient at an input that needs one."""
     v = net(xt, t, **cond)
+    if torch.is_grad_enabled() and xt.requires_grad and not v.requires_grad:
+        raise InputError("a velocity network must be differentiable in x: no torch.no_grad or detach inside")
     if v.shape != xt.shape:
         raise InputError(f"a velocity must have its input's shape {list(xt.shape)}, got {list(v.shape)}")
     return v.to(torch.promote_types(v.dtype, torch.float32))
@@ -310,7 +315,7 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
         clip=clip, t_flow=t_flow, ema_decay=ema_decay, seed=seed, precision=precision)
     passes, micro = micro_batches(batch, micro_batch)
     device = next(net.parameters()).device
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
+    bf16 = bf16_passes(precision, device)
     learner, run = Learner(net, lr, betas, eps, clip, ema_decay), run or Run()
     if compile:
         net.compile()
@@ -339,10 +344,11 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
             compile=False, run=None):
     """Algorithm 1: distil teacher into generator, with the online flow `flow`.
 
-    generator (a OneStepGenerator) and flow start as copies of the teacher and are changed; modules are put
-    into evaluation mode. shape: that of one sample. conditions(seeds) -> cond: the conditions that int64
-    seeds [B] choose. The generator minimises loss_scale * (L2 + l1_weight * L1): l1_weight 1 is R_u - R_v,
-    the exact gradient of (4.1), 0 the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
+    generator (a OneStepGenerator) and flow start as copies of the teacher and are changed; all three are put
+    into evaluation mode. The teacher is the same in every process. shape: that of one sample.
+    conditions(seeds) -> cond: the conditions that int64 seeds [B] choose. The generator minimises
+    loss_scale * (L2 + l1_weight * L1): l1_weight 1 is R_u - R_v, the exact gradient of (4.1) at the best v, 0
+    the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
     weight(t, u, target) -> [B] scales L1 and L2 as a constant; if of t alone, the gradient stays exact.
     t ~ logit-normal(*t_generator) in the generator's loss, (*t_flow) in the flow's. flow_lr None: lr.
     flow_updates: per step, each on fresh samples but the last, which shares those of the generator. extra: an
@@ -359,10 +365,10 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
         lr_decay=lr_decay, clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
         weight=weight, loss_scale=loss_scale, flow_updates=flow_updates, two_graphs=two_graphs,
         ema_decay=ema_decay, seed=seed, precision=precision, shape=list(shape), **generator.coefficients())
-    check_apart(teacher=teacher, generator=generator, flow=flow)
+    check_apart(teacher=teacher, generator=generator, flow=flow, extra=extra)
     passes, micro = micro_batches(batch, micro_batch)
     device = next(generator.parameters()).device
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16(precision, device))
+    bf16 = bf16_passes(precision, device)
     conditions, run = conditions or (lambda seeds: {}), run or Run()
     shared = t_flow == t_generator and extra is None  # one pass of the flow serves both players
     followers = {"flow": flow} if extra is None else {"flow": flow, "extra": extra}
@@ -505,12 +511,14 @@ def check_settings(**settings):
 
 
 def check_apart(**nets):
-    """Raises InputError if two networks share a trainable parameter, for want of a deepcopy for instance."""
-    owners = {}
+    """Raises InputError if networks share a parameter that is trained, for want of a deepcopy, say."""
+    owners = defaultdict(dict)  # {address of a parameter's memory: {network: whether it trains it}}
     for name, net in nets.items():
         for p in net.parameters() if isinstance(net, nn.Module) else ():
-            if p.requires_grad and owners.setdefault(p, name) != name:
-                raise InputError(f"{owners[p]} and {name} share parameters: give each a copy (copy.deepcopy)")
+            names = owners[p.data_ptr() or p]  # a sharded one has no address
+            names[name] = p.requires_grad
+            if len(names) > 1 and any(names.values()):
+                raise InputError(f"{' and '.join(names)} share parameters: give each a copy (copy.deepcopy)")
 
 
 def process_rank():
@@ -531,6 +539,13 @@ def wants_bf16(precision, device):
     check_settings(precision=precision)
     available = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16" or (precision == "auto" and available)
+
+
+def bf16_passes(precision, device):
+    """The context of a training loop's passes. It caches no weights: in another autocast region they would be
+    those of the first step for ever."""
+    enabled = wants_bf16(precision, device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def micro_batches(batch, micro_batch=None):
@@ -614,9 +629,9 @@ class Learner:
             raise InputError(f"a network in training, a {type(module).__name__} here, needs trainable "
                              "parameters, all in float32: bfloat16 weights would not move at such rates")
         if world_size() > 1:
-            for value in module.state_dict().values():
+            for value in [*module.parameters(), *module.buffers()]:
                 if not hasattr(value, "full_tensor"):  # not sharded
-                    dist.broadcast(value, 0)
+                    dist.broadcast(value.detach(), 0)
         self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, eps=eps, fused=True)
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p)

@@ -1,5 +1,7 @@
 """One step: it moves every weight as separate passes on the same draws do, at the cost that is stated."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,3 +172,55 @@ def test_passes_of_a_step(more, passes):
     teacher, net, flow = nets
     fgm.distill(teacher, fgm.OneStepGenerator(net, 0.6), flow, (2,), steps=1, batch=12, micro_batch=4, **more)
     assert [(net.forwards / 12, net.backwards / 12) for net in nets] == passes
+
+
+def change(before, net):
+    return max((a - b).abs().max() for a, b in zip(before, net.parameters(), strict=True)).item()
+
+
+def test_within_an_outer_autocast_region_the_generator_learns():
+    """Such a region keeps a cache of cast weights, in which those of the first step would stay for ever."""
+
+    def trained(outside):
+        teacher, net, flow, _ = networks()
+        generator = fgm.OneStepGenerator(net, 0.6)
+        with outside:
+            fgm.distill(teacher, generator, flow, (2,), steps=3, batch=12, conditions=conditions, lr=1e-2,
+                        precision="bf16", ema_decay=None)
+        return [p.detach().clone() for p in generator.parameters()]
+
+    plain = trained(contextlib.nullcontext())
+    assert change(plain, networks()[1]) > 1e-3
+    for enabled in (False, True):
+        inside = trained(torch.autocast("cpu", torch.bfloat16, enabled=enabled))
+        assert max((a - b).norm() / b.norm() for a, b in zip(inside, plain, strict=True)) < 0.02
+
+
+def test_networks_that_share_memory_are_refused():
+    """Also where the parameters are other objects; and an extra loss that would train the teacher."""
+    teacher, net, flow, critic = networks()
+    generator = fgm.OneStepGenerator(net, 0.6)
+    settings = dict(steps=1, batch=12, conditions=conditions)
+    before = [p.detach().clone() for p in teacher.parameters()]
+    critic.features = teacher
+    with pytest.raises(fgm.InputError, match="teacher and extra share parameters"):
+        fgm.distill(teacher, generator, flow, (2,), extra=critic, **settings)
+    teacher.requires_grad_(False)
+    critic.features = None
+    flow.load_state_dict(teacher.state_dict(), assign=True)
+    with pytest.raises(fgm.InputError, match="teacher and flow share parameters"):
+        fgm.distill(teacher, generator, flow.requires_grad_(True), (2,), **settings)
+    assert change(before, teacher) == 0
+
+
+def test_a_teacher_without_gradients_at_its_input_is_refused():
+    teacher, net, flow, _ = networks()
+
+    class Blind(torch.nn.Module):
+        @torch.no_grad()
+        def forward(self, x, t, shift):
+            return teacher(x, t, shift)
+
+    with pytest.raises(fgm.InputError, match="differentiable in x"):
+        generator = fgm.OneStepGenerator(net, 0.6)
+        fgm.distill(Blind(), generator, flow, (2,), steps=1, batch=12, conditions=conditions)
