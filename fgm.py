@@ -648,7 +648,14 @@ class Learner:
         for group in self.adam.param_groups:
             group["lr"] = lr_factor * self.lr
         gradients = [p.grad for p in self.parameters.values()]
-        average(gradients, passes)
+        if passes > 1:
+            torch._foreach_div_(gradients, passes)
+        replicas = [gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]  # not sharded
+        if world_size() > 1 and replicas:  # one message; FSDP2 has averaged sharded ones
+            whole = torch.cat([gradient.flatten() for gradient in replicas])
+            dist.all_reduce(whole)
+            parts = (whole / world_size()).split([gradient.numel() for gradient in replicas])
+            torch._foreach_copy_(replicas, [part.view_as(g) for part, g in zip(parts, replicas, strict=True)])
         norm = nn.utils.get_total_norm(gradients)
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
@@ -673,19 +680,6 @@ class Learner:
             held = self.parameters[name].clone()
             self.parameters[name].copy_(average)
             average.copy_(held)
-
-
-def average(gradients, passes):
-    """Divide summed gradients by the number of passes, and average them over the processes, in one message;
-    of sharded ones (FSDP2) each process holds its part of the average."""
-    if passes > 1:
-        torch._foreach_div_(gradients, passes)
-    replicas = [gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]
-    if world_size() > 1 and replicas:
-        whole = torch.cat([gradient.flatten() for gradient in replicas])
-        dist.all_reduce(whole)
-        parts = (whole / world_size()).split([gradient.numel() for gradient in replicas])
-        torch._foreach_copy_(replicas, [part.view_as(g) for part, g in zip(parts, replicas, strict=True)])
 
 
 class Run:
