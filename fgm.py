@@ -382,10 +382,10 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                 torch._functorch.config.donated_buffer = False  # a graph may be differentiated twice
 
     for step in run.steps("distill", steps, learners, settings):
-        lr_factor = schedule(step, steps, lr_warmup, lr_decay)
+        lr_factor, found = schedule(step, steps, lr_warmup, lr_decay), defaultdict(list)
         for k in range(flow_updates):
             both = k == flow_updates - 1  # the flow learns from all samples, the generator from the last
-            draws, found = Draws(batch, device, seed, DISTILLATION, step, k), defaultdict(list)
+            draws = Draws(batch, device, seed, DISTILLATION, step, k)
             z, noise, t, seeds = draws.for_update(shape, *(t_generator if both else t_flow))
             drawn = z, noise, t, draws.sample_t(*t_flow) if both and not shared else t, seeds
             for z, noise, t, t_of_flow, seeds in zip(*(values.split(micro) for values in drawn), strict=True):
@@ -443,7 +443,9 @@ def functional_gradient(teacher, flow, x0, noise, t, cond, bf16, l1_weight, weig
         with bf16:
             u_error = reflow_error(teacher, leaf, noise, t, **cond)  # u - c
         gap = (u_error - v_error).detach()  # u - v
-        loss = dot(u_error, u_error) + excess * dot(gap, u_error)  # R_u, and u's part of || u - v ||^2
+        loss = dot(u_error, u_error)  # R_u
+        if excess:  # u's part of || u - v ||^2
+            loss = loss + excess * dot(gap, u_error)
         (teacher_at_x0,) = torch.autograd.grad(loss.mean(), leaf)
 
         if excess:  # v's part of || u - v ||^2

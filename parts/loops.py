@@ -9,7 +9,7 @@ def bare_passes(teacher, flow, net, shape, batch, conditions, precision="fp32"):
     """A function that makes the passes of one step and nothing else: generator and flow forward and backward,
     and the teacher forward and back to its input."""
     device = next(net.parameters()).device
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    bf16 = fgm.bf16_passes(precision, device)
     x, gradient = torch.randn(batch, *shape, device=device), torch.randn(batch, *shape, device=device)
     t, cond = torch.rand(batch, device=device), conditions(torch.arange(batch))
 
@@ -36,7 +36,7 @@ def train(step, teacher, flow, net, shape, batch, conditions, steps, precision, 
     step(teacher, generator, flow, learners, draw, bf16) -> {name: loss [B] or gradient norm}; draw(phase)
     -> (z, noise, t, cond), fresh in each phase of a step; learners: of flow and generator."""
     device, generator = next(net.parameters()).device, fgm.OneStepGenerator(net, 0.97)
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    bf16 = fgm.bf16_passes(precision, device)
     learners = [fgm.Learner(flow, 1e-6, (0.0, 0.999), 1e-8)]
     learners.append(fgm.Learner(generator, 1e-6, (0.0, 0.999), 1e-8, ema_decay=0.999))
     run = fgm.Run()
