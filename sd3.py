@@ -189,7 +189,7 @@ def read_source(args, device):
     prompts = find_prompts(args.prompts, folder)
     for prompt in prompts if is_miniature(folder) else ():
         digit_of(prompt)  # raises now, not at the scores, for one that names no digit
-    return Source(folder, config, shape, prompts, *(load_real(args.real, size) if args.real else ((), ())))
+    return Source(folder, config, shape, prompts, *(load_real(args.real) if args.real else ((), ())))
 
 
 def make_gan(args, source, device, dtype, out):

@@ -69,6 +69,11 @@ def save_tensors(tensors, path, metadata=None):
         save_file(tensors, temporary, metadata)
 
 
+def reason(error):
+    """What a library's error says, as one short line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def lock(file):
     """Whether this process now holds the lock of an open file, which ends with the process.
 

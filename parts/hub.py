@@ -1,30 +1,21 @@
 """Stable Diffusion 3 pipelines from the hub: downloaded once, then taken from its cache, without network."""
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
-import torch.distributed as dist
-
-import fgm
 from fgm import InputError
+from parts.files import reason
 from parts.pipeline import COMPONENTS, check_kind, check_pipeline
-from parts.processes import first_process
 
 
 def model_folder(model):
-    """The local folder of a pipeline; of a hub id's, after its download. A collective call.
+    """The local folder of a pipeline; of a hub id's, after its download, for which processes wait in turn.
 
     Raises InputError if it cannot be had or is not a whole SD3 flow-matching pipeline."""
     if Path(model).is_dir():
         check_pipeline(Path(model), model)
         return Path(model)
-    folder = first_process(lambda: in_the_cache(model) or download(model))
-    if int(os.environ.get("LOCAL_WORLD_SIZE", fgm.world_size())) < fgm.world_size():  # on other machines, too
-        if int(os.environ["LOCAL_RANK"]) == 0:
-            folder = in_the_cache(model) or download(model)
-        dist.barrier()
-    return folder or in_the_cache(model)
+    return in_the_cache(model) or download(model)
 
 
 SMALL = ["model_index.json"]
@@ -56,26 +47,9 @@ def download(model):
     except InputError:
         raise
     except Exception as error:  # the hub's errors have no common base
-        raise InputError(why_not(model, error)) from error
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise InputError(
+            f"{model} is no folder here, and the hub does not give it ({why}); what has come is kept; "
+            "without network, `python tiny_sd3.py --out runs/tiny-sd3` makes a small model") from error
     check_pipeline(folder, model)
     return folder
-
-
-def why_not(model, error):
-    """One line on a download that failed: which, why, and what to do."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.HFValidationError):
-        return f"{model} is no folder, and no model's name on the hub, which is OWNER/NAME"
-    if isinstance(error, errors.GatedRepoError):
-        return (f"{model} is gated: accept its licence on https://huggingface.co/{model} "
-                "and log in with `hf auth login`")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (f"{model} is neither a folder nor a model on the hub; "
-                "for a private one log in with `hf auth login`")
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return (f"{model} is no folder, not whole in the hub's cache, and the hub cannot be reached: run "
-                "again with network; without, `python tiny_sd3.py --out runs/tiny-sd3` makes a small model")
-    reason = " ".join(str(error).split())[:200]
-    return (f"the download of {model} stopped ({type(error).__name__}: {reason}); what has come is kept: "
-            "see to the network or the disk, and run again")

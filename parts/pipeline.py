@@ -14,10 +14,11 @@ from torch.nn import functional as F
 import fgm
 from fgm import InputError
 from parts.bars import bar, batches
-from parts.files import atomically, open_folder, save_tensors
-from parts.images import refuse_link_out, save_grid, to_uint8
+from parts.files import atomically, open_folder, reason, save_tensors
+from parts.images import save_grid, to_uint8
 from parts.progress import scores
 from parts.prompts import (
+    ENCODERS,
     encoded,
     free_memory,
     load_component,
@@ -32,12 +33,8 @@ from parts.scores import frechet_distance
 # The source pipeline
 # ------------------------------------------------------------------------------------------------------------
 
-# The components of a pipeline, and the name of their weights.
-NETWORK, ENCODER = "diffusion_pytorch_model", "model"
-COMPONENTS = {
-    "transformer": NETWORK, "vae": NETWORK, "scheduler": None,
-    "text_encoder": ENCODER, "text_encoder_2": ENCODER, "text_encoder_3": ENCODER,
-    "tokenizer": None, "tokenizer_2": None, "tokenizer_3": None}
+NETWORKS = ("transformer", "vae", *ENCODERS)
+COMPONENTS = (*NETWORKS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 OPTIONAL = ("text_encoder_3", "tokenizer_3")  # T5
 
 
@@ -51,25 +48,10 @@ def quiet():
         library.utils.logging.disable_progress_bar()
 
 
-def read_object(path):
-    """The object in a JSON file. Raises InputError if it cannot be read or holds something else."""
-    try:
-        content = read_json(path)
-    except RecursionError:
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: it must hold a JSON object")
-    return content
-
-
 def check_kind(folder, model):
     """The index of a pipeline; model: what to call it. Raises InputError unless it is of SD3's kind."""
-    try:
-        index = read_object(folder / "model_index.json")
-        kind = index["_class_name"]
-    except (InputError, KeyError) as error:
-        raise InputError(f"{model} is not a diffusers pipeline: "
-                         "it has no readable model_index.json") from error
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
     if kind != "StableDiffusion3Pipeline":
         raise InputError(f"{model} is a {kind}; sd3.py distils StableDiffusion3Pipeline")
     return index
@@ -79,7 +61,7 @@ def check_pipeline(folder, model):
     """Raise InputError unless the folder holds a whole SD3 flow-matching pipeline, as far as files tell: what
     is in them the libraries check when they load it."""
     index = check_kind(folder, model)
-    for name, weights in COMPONENTS.items():
+    for name in COMPONENTS:
         entry = index.get(name, [None, None])
         if entry == [None, None] and name in OPTIONAL:
             continue
@@ -89,30 +71,15 @@ def check_pipeline(folder, model):
                              "not a class of diffusers or transformers")
         if not (folder / name).is_dir():
             raise InputError(f"{model} lacks its component {name}")
-        refuse_link_out(folder / name, folder)
-        if weights:
-            check_weights(folder / name, weights)
-    scheduler = read_object(folder / "scheduler" / "scheduler_config.json").get("_class_name")
+        if name in NETWORKS:
+            numbers_in(folder / name)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name")
     if scheduler != "FlowMatchEulerDiscreteScheduler":
         raise InputError(f"{model} samples with {scheduler}: "
                          "it is no flow-matching model (v = noise - data), which FGM needs")
     described(folder, "transformer")
     if described(folder, "vae").config.shift_factor is None:
         raise InputError(f"{folder / 'vae'} has no shift_factor: it is not SD3's")
-
-
-def check_weights(part, weights):
-    """Raise InputError unless a component's folder has its weights: one file, or all that an index names."""
-    names, index = [f"{weights}.safetensors"], part / f"{weights}.safetensors.index.json"
-    if index.exists() and not (part / names[0]).exists():
-        shards = read_object(index).get("weight_map")
-        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
-        if not names or any(Path(name).name != name for name in names):
-            raise InputError(f"{index} is damaged: its weight_map names no files")
-    for name in names:
-        if not (part / name).is_file():
-            raise InputError(f"{part} lacks its weights {name} (a pickle is not read: it can run anything)")
-    numbers_in(part)
 
 
 def described(folder, name):
@@ -125,23 +92,28 @@ def described(folder, name):
     path = folder / name / "config.json"
     try:
         with torch.device("meta"):
-            return kind.from_config(read_object(path))
+            return kind.from_config(read_json(path))
     except Exception as error:  # whatever the values of a damaged configuration lead to
-        raise InputError(f"{path} describes no {kind.__name__} ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path} describes no {kind.__name__} ({reason(error)})") from error
 
 
 def numbers_in(part):
-    """How many numbers the weights of a component's folder hold, by the headers of its files."""
+    """How many numbers the weights of a component's folder hold, by the headers of its files.
+
+    Raises InputError if they are missing, or a file of them is, or is damaged."""
     from safetensors import SafetensorError, safe_open
 
-    found = 0
-    for path in part.glob("*.safetensors"):
-        if "fp16" not in path.name:  # another copy of the same
-            try:
-                with safe_open(path, "pt") as file:
-                    found += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"the weights {path} are damaged ({error})") from error
+    paths, found = [path for path in part.glob("*.safetensors") if "fp16" not in path.name], 0
+    try:
+        for index in part.glob("*.safetensors.index.json"):  # of many files
+            paths = {part / name for name in read_json(index)["weight_map"].values()}
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                found += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"the weights of {part} are damaged ({reason(error)})") from error
+    if not found:
+        raise InputError(f"{part} lacks its weights in safetensors (pickles are not read: they run code)")
     return found
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import fgm
 from fgm import InputError
 from parts.bars import bar
-from parts.files import open_folder, save_tensors
+from parts.files import open_folder, reason, save_tensors
 from parts.run import moved
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,33 +165,23 @@ def fill(cache, files, made_of, load, encode):
     """Write those of files {name: items} that the folder cache lacks, each encode(load(), items): a dict of
     tensors with one row per item. The processes share the work; what load() gives is made once on each.
 
-    made_of: {what: text}, all that decides what is in the files; kept in their headers, with a digest of the
-    rows. A collective call. Raises InputError for files made of something else, or changed since."""
-    from safetensors.torch import save
-
+    made_of: {what: text}, all that decides what is in the files, kept in their headers. A collective call.
+    Raises InputError for damaged files, and for files made of something else."""
     paths = {cache / f"{name}.safetensors": items for name, items in files.items()}
     there = [path for path in paths if path.exists()]
     missing, load = [path for path in paths if path not in there], functools.cache(load)
 
-    def header(path, rows):
-        rows = hashlib.sha256(path.name.encode() + save(rows)).hexdigest()
-        return {"about": json.dumps(made_of | {"rows": rows})}
-
     def check(path):
         with opened(path) as file:
-            tensors, found = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-            about = dict(json.loads(found.get("about", "{}")))
-        differs = ", ".join(what for what in made_of if about.get(what) != made_of[what])
+            found = json.loads((file.metadata() or {}).get("about", "{}"))
+        differs = ", ".join(what for what in made_of if found.get(what) != made_of[what])
         if differs:
             raise InputError(f"{cache} holds rows for another {differs}: remove it, or name another folder")
-        if found != header(path, tensors):
-            raise InputError(f"{path} is damaged (other rows than were written); remove it, it is made again")
 
     def make(path):
-        rows = encode(load(), paths[path])
-        save_tensors(rows, path, header(path, rows))
+        save_tensors(encode(load(), paths[path]), path, {"about": json.dumps(made_of)})
 
-    shared(check, there, f"reading {cache}" if there else None)
+    shared(check, there, None)
     shared(make, missing, f"encoding, for {cache}" if missing else None)
     load.cache_clear()
     free_memory()
@@ -261,8 +251,7 @@ def load_component(folder, name, dtype):
         network, loading = kinds[name].from_pretrained(
             Path(folder) / name, use_safetensors=True, output_loading_info=True, **precision)
     except Exception as error:  # the libraries raise what they like
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"cannot load {Path(folder) / name} ({reason})") from error
+        raise InputError(f"cannot load {Path(folder) / name} ({reason(error)})") from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise InputError(f"{Path(folder) / name} lacks {len(missing)} of its weights, {missing[0]} the first")
@@ -291,8 +280,7 @@ def load_pipeline(folder, networks, device, dtype):
                 pipe.transformer = SD3Transformer2DModel.from_config(config)
         return pipe
     except Exception as error:  # the libraries raise what they like
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"cannot load the pipeline {folder} ({reason})") from error
+        raise InputError(f"cannot load the pipeline {folder} ({reason(error)})") from error
 
 
 def encode(pipe, texts, device, dtype, max_length):

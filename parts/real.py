@@ -29,21 +29,18 @@ from parts.prompts import (
 IMAGES, TEXTS, TABLES = (".png", ".jpg", ".jpeg", ".webp"), (".txt", ".caption"), (".jsonl", ".csv")
 
 
-def load_real(folder, size):
-    """(paths of the images, captions) of a folder, size = (H, W).
+def load_real(folder):
+    """(paths of the images, captions) of a folder.
 
     Captions come from metadata.jsonl or metadata.csv, in the folder or further down, with file_name (relative
     to the table's own folder) and text; else from NAME.txt or NAME.caption. What has none trains with the
-    empty prompt, and is counted aloud. Raises InputError, naming the file, for what is no image, images of
-    another size than the run's (of both the header is read alone), links out of the folder, bad tables; and
-    if no image has a caption."""
+    empty prompt, and is counted aloud. Raises InputError, naming the file, for links out of the folder and
+    bad tables; and if no image has a caption."""
     folder = Path(folder)
     files = image_files(folder, (*IMAGES, *TEXTS, *TABLES))
     paths = [path for path in files if path.suffix.lower() in IMAGES]
     if not paths:
         raise InputError(f"--real {folder} holds no images (png, jpg, webp)")
-    for path in paths:
-        check_size(path, header_size(path), size)
     beside = {key_of(path.with_suffix(""), folder): path for path in files
               if path.suffix.lower() in TEXTS and path.is_file()}
     tables = {}
@@ -87,21 +84,6 @@ def table(path):
                          f"({type(error).__name__}: {error})") from error
 
 
-def header_size(path):
-    """(width, height) of an image file by its header, turned as its EXIF data say. Raises InputError for what
-    is no image."""
-    from PIL import ExifTags, Image
-
-    try:
-        if not path.is_file():
-            raise OSError("it is no regular file")  # a pipe would be waited for
-        with Image.open(path) as image:
-            turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return image.size[::-1] if turned else image.size
-    except Exception as error:  # the decoders raise what they like
-        raise InputError(f"cannot read the image {path} ({error}); fix or remove it") from error
-
-
 def check_size(path, found, size):
     """Raises InputError unless found (width, height) is the run's size (H, W)."""
     if found != (size[1], size[0]):
@@ -115,7 +97,7 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
 
     They are kept in files of 128 in the folder cache, named after what they are made of, by content: what
     exists is not made again, what belongs to an image that has changed is. A collective call. Raises
-    InputError, naming the file, for an image that cannot be read."""
+    InputError, naming the file, for an image that cannot be read, or is of another size."""
     cache, vae_key = open_folder(cache), contents(folder, "vae/*")
     digests, files = shared(file_digest, paths, "reading the images"), {}
     for i, (part, digest) in enumerate(zip(files_of(paths), files_of(digests), strict=True)):

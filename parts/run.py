@@ -183,11 +183,14 @@ def write_results(out, config, metrics):
 
 
 def read_json(path):
-    """The content of a JSON file. Raises InputError if it cannot be read."""
+    """The object in a JSON file. Raises InputError if it cannot be read or holds something else."""
     try:
-        return json.loads(Path(path).read_bytes())  # of any encoding that JSON allows
-    except (OSError, ValueError) as error:
+        content = json.loads(Path(path).read_bytes())  # of any encoding that JSON allows
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path} ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it must hold a JSON object")
+    return content
 
 
 def fingerprint_of(net):

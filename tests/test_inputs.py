@@ -9,8 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
-from safetensors import safe_open
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fgm
@@ -131,7 +130,7 @@ def test_classes_and_real_images_that_are_links_out_of_the_folder_are_refused(tm
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cat").symlink_to(tmp_path)
     for load in (lambda: images.load_images(str(tmp_path / "data")),
-                 lambda: real.load_real(tmp_path / "data", (64, 64))):
+                 lambda: real.load_real(tmp_path / "data")):
         with refused("data/cat is a link out of .*/data, which is not followed"):
             load()
     (tmp_path / "link").symlink_to(tmp_path / "real")  # the folder itself may be one, and so may links in it
@@ -149,7 +148,7 @@ def test_hidden_files_are_no_images_and_hidden_folders_no_classes(tmp_path):
     data = images.load_images(str(tmp_path))
     assert data.classes == ["cat"] and len(data.pixels) == 1
     (tmp_path / "cat" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
-    assert real.load_real(tmp_path / "cat", (64, 64))[1] == ["a cat"]
+    assert real.load_real(tmp_path / "cat")[1] == ["a cat"]
 
 
 def test_a_grid_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -289,7 +288,6 @@ def test_bad_geneval_metadata_is_named(tmp_path, content, message):
     ("a.txt", b"\xff", "not UTF-8"),
     ("a.txt", None, "link out of"),
     ("metadata.jsonl", None, "link out of"),
-    ("b.png", b"no image", "cannot read"),
 ])
 def test_bad_captions_are_named(tmp_path, name, content, message):
     folder = tmp_path / "real"
@@ -301,7 +299,7 @@ def test_bad_captions_are_named(tmp_path, name, content, message):
     else:
         write(folder / name, content)
     with refused(message) as found:
-        real.load_real(folder, (64, 64))
+        real.load_real(folder)
     assert str(folder / name) in str(found.value)
 
 
@@ -340,13 +338,6 @@ def without(path):
     save_file(tensors, path)
 
 
-def moved_out(part):
-    """A component that is a link out of the pipeline's folder."""
-    target = part.parent.parent / "elsewhere"
-    part.rename(target)
-    part.symlink_to(target)
-
-
 def shards(part, content):
     weights = next(part.glob("*.safetensors"))
     weights.rename(part / "shard.safetensors")
@@ -361,9 +352,9 @@ def drawn(folder):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda f: write(f / "model_index.json", "{}"), "no readable model_index.json"),
-    (lambda f: write(f / "model_index.json", "[]"), "no readable model_index.json"),
-    (lambda f: write(f / "model_index.json", b"\xff"), "no readable model_index.json"),
+    (lambda f: write(f / "model_index.json", "{}"), "is a None"),
+    (lambda f: write(f / "model_index.json", "[]"), "must hold a JSON object"),
+    (lambda f: write(f / "model_index.json", b"\xff"), "cannot read .*model_index.json"),
     (lambda f: edit(f / "model_index.json", vae=5), "its vae is 5"),
     (lambda f: edit(f / "model_index.json", vae=[]), r"its vae is \[\]"),
     (lambda f: edit(f / "model_index.json", vae=[None, None]), "its vae is"),
@@ -371,10 +362,9 @@ def drawn(folder):
     (lambda f: edit(f / "model_index.json", tokenizer=["transformers", 5]), "cannot load the pipeline"),
     (lambda f: edit(f / "model_index.json", tokenizer=["transformers", "No"]), "cannot load the pipeline"),
     (lambda f: shutil.rmtree(f / "tokenizer_2"), "lacks its component tokenizer_2"),
-    (lambda f: moved_out(f / "vae"), "vae is a link out of"),
     (lambda f: write(f / "vae/config.json", "{}"), "has no shift_factor"),
     (lambda f: write(f / "vae/config.json", "[]"), "must hold a JSON object|no AutoencoderKL"),
-    (lambda f: write(f / "vae/config.json", "[" * 100_000), "must hold a JSON object"),
+    (lambda f: write(f / "vae/config.json", "[" * 100_000), "cannot read .*config.json|no AutoencoderKL"),
     (lambda f: edit(f / "vae/config.json", shift_factor=None), "has no shift_factor"),
     (lambda f: edit(f / "vae/config.json", block_out_channels=5), "describes no AutoencoderKL"),
     (lambda f: edit(f / "vae/config.json", latent_channels=4), "cannot load"),
@@ -395,12 +385,12 @@ def drawn(folder):
     (lambda f: without(f / TRANSFORMER_WEIGHTS), "transformer lacks 1 of its weights"),
     (lambda f: cut(f / "text_encoder_3/model.safetensors", 0.99), "weights .*text_encoder_3.* are damaged"),
     (lambda f: without(f / "text_encoder/model.safetensors"), "text_encoder lacks 1 of its weights"),
-    (lambda f: pickled(f / "text_encoder_2"), "lacks its weights model.safetensors .a pickle is not read"),
-    (lambda f: pickled(f / "vae"), "lacks its weights .* .a pickle is not read"),
-    (lambda f: shards(f / "text_encoder", {}), "weight_map names no files"),
-    (lambda f: shards(f / "text_encoder", {"weight_map": {"a": 5}}), "lacks its weights 5"),
-    (lambda f: shards(f / "text_encoder", {"weight_map": {"a": "../a"}}), "weight_map names no files"),
-    (lambda f: shards(f / "text_encoder", {"weight_map": {"a": "b"}}), "lacks its weights b"),
+    (lambda f: pickled(f / "text_encoder_2"), "lacks its weights in safetensors .pickles are not read"),
+    (lambda f: pickled(f / "vae"), "lacks its weights .* .pickles are not read"),
+    (lambda f: shards(f / "text_encoder", {}), "are damaged .'weight_map'"),
+    (lambda f: shards(f / "text_encoder", {"weight_map": {"a": 5}}), "are damaged"),
+    (lambda f: shards(f / "text_encoder", {"weight_map": {"a": "../a"}}), "are damaged"),
+    (lambda f: shards(f / "text_encoder", {"weight_map": {"a": "b"}}), "are damaged .No such file"),
 ])
 def test_bad_pipeline_is_refused(source, damage, message):
     damage(source)
@@ -467,21 +457,11 @@ def headless(path):
     save_file(load_file(path), path)
 
 
-def of_other_rows(path):
-    """The header that was written, with rows that were not."""
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
-    save_file({name: value + 1 for name, value in load_file(path).items()}, path, header)
-
-
 @pytest.mark.parametrize("change, message", [
     (lambda source, cache: exchanged(source / "text_encoder/model.safetensors"), "for another model"),
     (lambda source, cache: edit(source / "tokenizer/tokenizer_config.json", model_max_length=15),
      "for another model"),
     (lambda source, cache: headless(cache / "prompts-000000.safetensors"), "for another model, prompts"),
-    (lambda source, cache: of_other_rows(cache / "prompts-000000.safetensors"), "other rows than were writ"),
-    (lambda source, cache: shutil.copy(cache / "null.safetensors", cache / "prompts-000000.safetensors"),
-     "other rows than were written"),
 ])
 def test_embeddings_of_another_model_are_not_used(source, tmp_path, change, message):
     cache = tmp_path / "cache"
@@ -549,17 +529,6 @@ def test_latents_are_made_again_for_other_images_and_another_vae_alone(source, t
     exchanged(source / "vae/diffusion_pytorch_model.safetensors")
     again, read_again = encode()
     assert not torch.equal(again[:4], first[:4]) and read_again == paths
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
-def test_size_in_the_header_is_that_of_the_image(tmp_path, name):
-    for orientation in (1, 6):
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = orientation
-        Image.fromarray(VALUES[:32, :48]).save(tmp_path / name, exif=exif)
-        turned = images.read_image(tmp_path / name).size
-        assert turned == ((48, 32) if orientation == 1 else (32, 48))
-        assert real.header_size(tmp_path / name) == turned
 
 
 def test_files_are_written_atomically(source, tmp_path, monkeypatch):
