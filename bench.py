@@ -1,5 +1,5 @@
 """What a distillation step costs: against its bare network passes, the former step, SiD's loop; its memory;
-sampling, scaling, logging.
+sampling, logging.
 
     python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the peak rate
     python bench.py --compile --only step sampling --json bench.json     # with rows for torch.compile
@@ -10,10 +10,7 @@ Every row is a ratio of two things measured in the same run, in turns: median an
 import ctypes
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import namedtuple
@@ -249,33 +246,6 @@ def sampling_rows(device, args):
         yield f"one-step sampler / its network call: digits, batch {batch}", ratio(one, bare, args.repeats)
 
 
-def scaling_rows(device, args):
-    small = digits(device, 32)
-    for times in (2, 4, 8):
-        large = small._replace(batch=32 * times)
-        found = ratio(partial(step_times, large, 3), partial(step_times, small, 3), args.repeats, 1 / times)
-        yield f"cost of an image, batch {32 * times} / batch 32: digits", found
-    try:
-        ratios = [a / b for a, b in zip(images_per_s(1, device), images_per_s(2, device), strict=True)]
-        yield "seconds an image, 2 processes / 1, same batch and cores: digits", spread(ratios)
-    except subprocess.CalledProcessError as error:  # fewer than two GPUs, say
-        print("no row for two processes:", error.stderr.partition("cifar.py: ")[2].partition("\n")[0])
-
-
-def images_per_s(processes, device):
-    """What cifar.py logs while it distils digits, but the first; the processes share our cores."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    flags = "--data digits --cond --teacher-kimg .128 --kimg 2.56 --log-every 5 --samples 20 --device".split()
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
-    with tempfile.TemporaryDirectory() as out:
-        parts = [*launcher, Path(__file__).with_name("cifar.py"), *flags, device.type, "--out", out]
-        subprocess.run(parts, env=env, check=True, capture_output=True, text=True)
-        log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [record["images_per_s"] for record in log if record["phase"] == "distill"][1:]
-
-
 def running_rows(device, args):
     """Extra time of steps that log, save or draw, over cifar.py's default intervals, as a share of all."""
     subject, share, never = digits(device), {"logging": [], "checkpoints": [], "pictures": []}, 10**9
@@ -296,8 +266,7 @@ def running_rows(device, args):
     yield "logging + checkpoints + pictures / run time: digits", found | share
 
 
-PARTS = dict(step=step_rows, memory=memory_rows, sampling=sampling_rows, scaling=scaling_rows,
-             running=running_rows)
+PARTS = dict(step=step_rows, memory=memory_rows, sampling=sampling_rows, running=running_rows)
 FLAGS = {
     "only": Setting(str, list(PARTS), "these parts alone", "+"),
     "repeats": Setting(int, COUNT, "of each ratio"),

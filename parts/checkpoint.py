@@ -25,19 +25,16 @@ def described(value):
     """A setting as JSON can hold it: an array as lists, a function by its name, a partial by its parts.
 
     Raises InputError for what JSON cannot hold."""
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return value.tolist()
-    if isinstance(value, functools.partial):
-        return described([value.func, value.args, value.keywords])
-    if isinstance(value, (list, tuple)):
-        return [described(part) for part in value]
-    if isinstance(value, dict):
-        return {str(name): described(part) for name, part in value.items()}
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise InputError(f"a checkpoint cannot keep the setting {value!r}: give numbers, texts, lists or dicts")
+    def plain(value):
+        if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+            return value.tolist()
+        if isinstance(value, functools.partial):
+            return [value.func, value.args, value.keywords]
+        if callable(value):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+        raise InputError(f"a checkpoint cannot keep the setting {value!r}: give numbers, texts, lists, dicts")
+
+    return json.loads(json.dumps(value, default=plain))
 
 
 def state_tensors(learners):
@@ -129,17 +126,16 @@ def load(folder, phase, learners, settings, resume):
         saved = json.loads((newest / "checkpoint.json").read_text())
         step, seconds, then = saved["step"], saved["seconds"], dict(saved["settings"])
         updates = {name: saved["updates"][name] for name in learners}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{refusal} ({error})") from error
-    names = [name for name in sorted({*settings, *then}) if settings.get(name) != then.get(name)]
-    changed = ", ".join(f"{name} {then.get(name)} -> {settings.get(name)}" for name in names)
-    if changed and resume == "same":
-        raise InputError(f"{folder.parent} holds a {phase} run with other settings ({changed}): --resume "
-                         "goes on with it all the same, --overwrite starts again, --out names another folder")
-    if changed and process_rank() == 0:
-        print(f"resuming {phase} with changed settings: {changed}")
-    try:
+        names = [name for name in sorted({*settings, *then}) if settings.get(name) != then.get(name)]
+        changed = ", ".join(f"{name} {then.get(name)} -> {settings.get(name)}" for name in names)
+        if changed and resume == "same":
+            raise InputError(f"{folder.parent} holds a {phase} run with other settings ({changed}): --resume "
+                             "goes on all the same, --overwrite starts again, --out names another folder")
+        if changed and process_rank() == 0:
+            print(f"resuming {phase} with changed settings: {changed}")
         read_tensors(state_tensors(learners), newest)
+    except InputError:
+        raise
     except Exception as error:  # safetensors raises what it likes; whatever it was, this cannot be used
         raise InputError(f"{refusal} ({error})") from error
     for name, learner in learners.items():

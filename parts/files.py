@@ -1,6 +1,5 @@
-"""Files are written atomically: whole, or not at all; a folder is locked."""
+"""Files are written atomically: whole, or not at all."""
 
-import errno
 import json
 import math
 import os
@@ -11,18 +10,13 @@ from fgm import InputError
 
 
 def open_folder(path):
-    """The folder, made if need be.
-
-    Raises InputError if it cannot be written, or holds a folder where a file of ours is to be written."""
+    """The folder, made if need be. Raises InputError if it cannot be written."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         (Path(path) / ".writable").touch()
         (Path(path) / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to the output folder {path}: {error.strerror}") from error
-    for inner in Path(path).iterdir():
-        if inner.suffix in (".json", ".jsonl", ".safetensors", ".png", ".npz") and inner.is_dir():
-            raise InputError(f"{inner} is a folder, where a file is to be written: move it away")
     return Path(path)
 
 
@@ -72,23 +66,3 @@ def save_tensors(tensors, path, metadata=None):
 def reason(error):
     """What a library's error says, as one short line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def lock(file):
-    """Whether this process now holds the lock of an open file, which ends with the process.
-
-    Raises OSError or ImportError where files cannot be locked. The one place that knows operating systems."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        return False
-    return True

@@ -1,48 +1,42 @@
-"""Waiting for the first of several processes, however long its work takes.
+"""Waiting for the first of several processes, however long its work takes."""
 
-In a collective call of torch.distributed the others would be ended after the process group's time limit.
-"""
-
-import itertools
-import time
+import functools
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from fgm import InputError, process_rank, world_size
 
-WAITS = itertools.count()  # numbers the calls of wait_for_first, which are the same on all processes
 
-
-def wait_for_first(fault=None):
-    """Wait until the first process comes here too, hours if need be. A collective call.
-
-    Raises InputError on the others if the first process, which never waits, comes with a fault."""
-    if world_size() == 1:
-        return
-    store, key = dist.distributed_c10d._get_default_store(), f"wait-for-first-{next(WAITS)}"
-    if process_rank() == 0:
-        store.set(key, fault or "")
-        return
+@functools.cache
+def without_limit():
+    """A group of all processes whose exchanges may take a month; usual ones end after a time limit."""
     try:
-        while not store.check([key]):
-            time.sleep(0.1)
-        fault = store.get(key).decode()
-    except dist.DistNetworkError:  # the store was the first process's own
-        fault = "the first process has gone"
-    if fault:
-        raise InputError(fault)
+        return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    except RuntimeError as error:
+        raise InputError("the first process has gone") from error
 
 
 def first_process(work):
     """work() on the first process, however long it takes; its InputError is raised on all. A collective call.
 
-    Returns what work does on the first process, None on the others."""
-    result = None
+    Returns on all what work does. Raises InputError on the others if the first process vanishes."""
+    group, said = without_limit() if world_size() > 1 else None, [None, None]
     if process_rank() == 0:
         try:
-            result = work()
+            said[0] = work()
         except (InputError, OSError) as error:
-            wait_for_first(str(error))
-            raise InputError(str(error)) from error
-    wait_for_first()
-    return result
+            said[1] = str(error)
+    if group:
+        try:
+            dist.broadcast_object_list(said, group=group)
+        except RuntimeError as error:
+            raise InputError("the first process has gone") from error
+    if said[1]:
+        raise InputError(said[1])
+    return said[0]
+
+
+def wait_for_first():
+    """Wait until the first process comes here too, hours if need be. A collective call."""
+    first_process(lambda: None)

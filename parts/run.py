@@ -3,7 +3,6 @@
 Nothing here knows what is trained. FolderRun is the object that fgm.train_flow and fgm.distill take as run=.
 """
 
-import contextlib
 import json
 import os
 import platform
@@ -12,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from datetime import timedelta
@@ -25,7 +25,7 @@ import fgm
 from fgm import Diverged, InputError, gathered, process_rank, world_size
 from parts import checkpoint, progress
 from parts.bars import bar
-from parts.files import atomically, finite, lock, open_folder, save_tensors, write_json
+from parts.files import atomically, finite, open_folder, save_tensors, write_json
 from parts.processes import first_process, wait_for_first
 
 # ------------------------------------------------------------------------------------------------------------
@@ -57,8 +57,10 @@ def command(main):
         main()
         wait_for_first()
         status = 0
-    except (InputError, OSError) as error:
+    except InputError as error:
         status, message = 2, error
+    except OSError as error:
+        status, message = 2, f"cannot read or write ({error}); that mended, the same command goes on"
     except Diverged as error:
         message = error
     except (MemoryError, RuntimeError) as error:
@@ -73,9 +75,6 @@ def command(main):
         message = STOPPED if status == 143 else None
     finally:
         FolderRun.unlock()
-        if status and process_rank() == 0:
-            with contextlib.suppress(RuntimeError):  # the launcher may be gone
-                wait_for_first(str(message or "the first process failed"))
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     if status:
@@ -247,18 +246,14 @@ class FolderRun(fgm.Run):
         """Raises InputError unless all processes see the same folder: they write its checkpoints together."""
         if world_size() == 1:
             return
-        names = [f".shared-{os.urandom(8).hex()}"]
-        dist.broadcast_object_list(names)
-        mark = self.out / names[0]
-        first_process(mark.touch)
+        file, name = first_process(lambda: tempfile.mkstemp(prefix=".shared-", dir=self.out))
         seen = [None] * world_size()
-        dist.all_gather_object(seen, mark.exists() or platform.node())
-        first_process(mark.unlink)
-        apart = {rank: node for rank, node in enumerate(seen) if node is not True}
-        if apart:
-            rank, node = min(apart.items())
-            raise InputError(f"{self.out} is not one folder for all processes: process {rank} on {node} does "
-                             "not see what process 0 writes; name an --out on a disk that all machines share")
+        dist.all_gather_object(seen, (self.out / Path(name).name).exists())
+        first_process(lambda: (os.close(file), os.remove(name)))
+        if not all(seen):
+            apart = seen.index(False)
+            raise InputError(f"{self.out} is not one folder for all processes: process {apart} does not see "
+                             "what process 0 writes; name an --out on a disk that all machines share")
 
     def take_folder(self):
         """Lock the folder and, to start again, remove what earlier runs left. Raises InputError if in use."""
@@ -268,15 +263,16 @@ class FolderRun(fgm.Run):
             self.locks.pop(where).close()
         file = open(self.out / ".lock", "w")
         try:
-            free = lock(file)
+            import fcntl  # not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise InputError(f"another run is at work in {self.out}: wait, or name another --out") from error
         except (OSError, ImportError) as error:
-            free = True
             if not self.locks:  # said once
                 print(f"cannot lock {self.out} ({error}): see to it that no other run is at work there",
                       file=sys.stderr)
-        if not free:
-            file.close()
-            raise InputError(f"another run is at work in {self.out}: wait, or name another --out")
         self.locks[where] = file
         if self.resume == "no":
             for old in [path for phase in self.PHASES for path in checkpoint.checkpoints(self.folder, phase)]:
@@ -413,11 +409,7 @@ class FolderRun(fgm.Run):
         record["images_per_s"] = len(means) * self.batch / (time.perf_counter() - self.since)
         self.bar.set_postfix({name: f"{record[name]:.3g}" for name in self.names[:3]}, refresh=False)
         if process_rank() == 0:
-            try:
-                with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(finite(record)) + "\n")
-            except OSError as error:
-                kept = f"; the last checkpoint is {self.last_good}" if self.last_good else ""
-                raise InputError(f"cannot write {self.out / 'log.jsonl'} ({error.strerror}){kept}") from error
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(finite(record)) + "\n")
         self.scores = {}
         self.begin_line(step)

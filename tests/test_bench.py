@@ -1,7 +1,6 @@
 """bench.py: every row's code on tiny networks, and what the loops beside fgm.distill's compute."""
 
 import json
-import subprocess
 from functools import partial
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from helpers import drive_here
 
 import bench
-import cifar
 import fgm
 import tiny_sd3
 import toy2d
@@ -24,16 +22,8 @@ ROWS = [
 
 
 def test_every_row(tmp_path, monkeypatch):
-    """But those of torch.compile and of two processes, for which one stands."""
-
-    def distil(line, **settings):
-        if "--data" not in line:
-            return start(line, **settings)
-        small = "--model-channels", 8, "--num-blocks", 1, "--batch", 64, "--kimg", 0.64
-        done = drive_here(cifar, *line[line.index("--data"):], *small)
-        assert done.returncode == 0, done.stderr
-
-    plain, start = bench.unet, subprocess.run
+    """But those of torch.compile."""
+    plain = bench.unet
     tiny = partial(bench.miniature, batch=2, config=CONFIG)
     monkeypatch.setattr(bench, "keep_memory", lambda: None)  # it would hold for all tests of this process
     monkeypatch.setattr(bench, "TURN", 0)
@@ -42,7 +32,6 @@ def test_every_row(tmp_path, monkeypatch):
                         plain(device, min(batch, 4), 8, 1, **TINY))
     monkeypatch.setattr(bench, "SUBJECTS", {
         "toy": partial(bench.toy, batch=8), "LoRA": partial(tiny, lora_rank=2)})
-    monkeypatch.setattr(subprocess, "run", distil)
     done = drive_here(bench, "--repeats", 1, "--full", "--json", tmp_path / "bench.json", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
@@ -50,9 +39,7 @@ def test_every_row(tmp_path, monkeypatch):
     expected = {row.format(name) for row in ROWS for name in subjects}
     expected |= {f"{row}: digits, batch {n}" for n in (1, 256)
                  for row in ("50-step teacher / one step", "one-step sampler / its network call")}
-    expected |= {f"cost of an image, batch {n} / batch 32: digits" for n in (64, 128, 256)}
     expected |= {"peak memory, step / former step: EDM U-Net, CIFAR-10 size, batch 4",
-                 "seconds an image, 2 processes / 1, same batch and cores: digits",
                  "logging + checkpoints + pictures / run time: digits"}
     assert rows.keys() == expected and all(name[:40] in done.stdout for name in rows)
     assert all(row["least"] <= row["median"] <= row["most"] for row in rows.values())
