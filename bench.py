@@ -1,8 +1,8 @@
 """What a distillation step costs: against its bare network passes, the former step, SiD's loop; its memory;
-sampling, logging.
+logging.
 
     python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the peak rate
-    python bench.py --compile --only step sampling --json bench.json     # with rows for torch.compile
+    python bench.py --compile --only step memory --json bench.json     # with rows for torch.compile
 
 Every row is a ratio of two things measured in the same run, in turns: median and range of the repeats.
 """
@@ -226,26 +226,6 @@ def memory_rows(device, args):
     yield f"peak memory, step / former step: EDM U-Net, {name}, batch {subject.batch}", found
 
 
-def sampling_rows(device, args):
-    teacher, _, net, shape, _, conditions = digits(device)
-    generator = fgm.OneStepGenerator(net, 0.97)
-
-    @torch.no_grad()
-    def ten(sampler, z, **cond):
-        for _ in range(10):
-            sampler(z, **cond)
-
-    def call(z, **cond):
-        net(z, fgm.constant_t(0.97, z), **cond)
-
-    for batch in (1, 256):
-        z, cond = torch.randn(batch, *shape, device=device), conditions(torch.arange(batch))
-        many = partial(fgm.sample_ode, teacher, z, 50, **cond)
-        one, bare = partial(ten, generator, z, **cond), partial(ten, call, z, **cond)
-        yield f"50-step teacher / one step: digits, batch {batch}", ratio(many, one, args.repeats, factor=10)
-        yield f"one-step sampler / its network call: digits, batch {batch}", ratio(one, bare, args.repeats)
-
-
 def running_rows(device, args):
     """Extra time of steps that log, save or draw, over cifar.py's default intervals, as a share of all."""
     subject, share, never = digits(device), {"logging": [], "checkpoints": [], "pictures": []}, 10**9
@@ -266,7 +246,7 @@ def running_rows(device, args):
     yield "logging + checkpoints + pictures / run time: digits", found | share
 
 
-PARTS = dict(step=step_rows, memory=memory_rows, sampling=sampling_rows, running=running_rows)
+PARTS = dict(step=step_rows, memory=memory_rows, running=running_rows)
 FLAGS = {
     "only": Setting(str, list(PARTS), "these parts alone", "+"),
     "repeats": Setting(int, COUNT, "of each ratio"),

@@ -49,15 +49,10 @@ def grey_values(images):
 
 
 @cache
-def real_features():
-    """The grey values of the real digits: [1797, 64]."""
-    return grey_values(captioned_digits()[0])
-
-
-@cache
 def digit_judge():
-    """A classifier of grey values, trained on the real digits."""
-    return Judge(real_features(), digits()[1])
+    """The grey values of the real digits, [1797, 64], and a classifier of such, trained on them."""
+    images, labels, _ = captioned_digits()
+    return grey_values(images), Judge(grey_values(images), labels)
 
 
 def digit_of(prompt):
@@ -73,7 +68,7 @@ def judge(images, prompts):
 
     Returns (share of images whose digit, as a classifier trained on the real ones reads it, is the prompt's;
     Fréchet distance to the real ones on 64 grey values). Raises InputError for prompts that name no digit."""
-    labels = torch.tensor([digit_of(prompt) for prompt in prompts])
-    drawn = grey_values(to_float(images))
-    following = digit_judge().agrees(drawn, labels).double().mean().item()
-    return following, frechet_distance(real_features(), drawn)
+    labels, drawn = torch.tensor([digit_of(prompt) for prompt in prompts]), grey_values(to_float(images))
+    real, classifier = digit_judge()
+    following = classifier.agrees(drawn, labels).double().mean().item()
+    return following, frechet_distance(real, drawn)

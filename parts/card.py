@@ -1,5 +1,6 @@
 """The model card of an exported pipeline: README.md with the header that diffusers and the hub read."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from parts.files import atomically
@@ -11,16 +12,6 @@ pipe = StableDiffusion3Pipeline.from_pretrained("this folder")
 image = pipe("a red fox in the snow", height={height}, width={width}, num_inference_steps=1,
              guidance_scale=0).images[0]
 ```"""
-
-
-def header_of(readme):
-    """The lines on licence and base model in the header of a model card; none if there is no such file."""
-    path = Path(readme)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    if "---" not in lines[1:] or lines[0] != "---":
-        return []
-    known = ("license:", "license_name:", "license_link:", "base_model:")
-    return [line for line in lines[1 : lines.index("---", 1)] if line.startswith(known)]
 
 
 def table(rows):
@@ -36,10 +27,16 @@ def write_card(folder, settings, generator, prompts, rows, out):
     """Write OUT/pipeline/README.md. folder: of the source pipeline; settings: the run's, {name: value}.
 
     generator: its coefficients; prompts: how many it was distilled on; rows: {sampler: {score: value}}."""
-    header, model = header_of(folder / "README.md"), settings["model"]
+    from huggingface_hub import metadata_load, metadata_save
+
+    found, model = {}, settings["model"]
+    with suppress(Exception):  # there may be no card, or one that is damaged
+        found = metadata_load(folder / "README.md") or {}
     if not Path(model).is_dir():  # a hub id
-        header = [line for line in header if not line.startswith("base_model:")] + [f"base_model: {model}"]
-    header = ["library_name: diffusers", "pipeline_tag: text-to-image", *header]
+        found |= {"base_model": model}
+    header = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    kept = ("license", "license_name", "license_link", "base_model")
+    header |= {name: found[name] for name in kept if name in found}
     names = ("batch", "lr", "flow_lr", "guidance", "l1_weight", "loss_scale", "lora", "seed")
     given = [f"{name.replace('_', ' ')} {settings[name]}" for name in names if settings[name] is not None]
     images = "real images for the GAN" if settings["real"] else "no images"
@@ -58,5 +55,5 @@ def write_card(folder, settings, generator, prompts, rows, out):
 Scores on {settings['samples']} prompts:
 """
     with atomically(out / "pipeline" / "README.md") as temporary:
-        lines = ["---", *header, "---", "", text, *table(rows)]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join([text, *table(rows)]) + "\n", encoding="utf-8")
+        metadata_save(temporary, header)

@@ -206,19 +206,6 @@ KEPT_IN_BF16 = {"in training": (27, 10, 6), "with adapters": (21, 6, 5), "frozen
 WORKING = 8  # in use besides, inside a block's backward pass
 
 
-def kept_by_blocks(config, kept, image_tokens, text_tokens):
-    """(numbers that all blocks keep, those of one block) for a sample; kept: a row of KEPT."""
-    block, norms, second = kept
-    norms = norms if config.get("qk_norm") else 0
-    dual, layers = len(config.get("dual_attention_layers") or ()), config["num_layers"]
-    tokens = image_tokens + text_tokens
-    last = (block + norms) * text_tokens // 2  # the last block only reads the text
-    d = config["num_attention_heads"] * config["attention_head_dim"]
-    whole = layers * (block + norms) * tokens - last + dual * (second + norms) * image_tokens
-    one = (block + norms) * tokens + (second + norms) * image_tokens * (dual > 0)
-    return whole * d, one * d
-
-
 def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height, width, text_tokens, guidance,
                     processes, ema, shared=True, together=False):
     """Bytes a process needs at the peak of a step, by arithmetic: {what: bytes}.
@@ -245,17 +232,24 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
     tables = places * (number if lora_rank else number + 8)  # every network has its own
     unsharded = 2 * weights / config["num_layers"] * number if processes > 1 else 0
 
+    d, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    dual = len(config.get("dual_attention_layers") or ())
+    image_tokens = height * width // config["patch_size"] ** 2
+    tokens = image_tokens + text_tokens
+
     def graph(recipe, samples=1, casts=bf16 and not lora_rank and processes == 1):
         """(bytes kept, at work in its backward pass) of a network's graph, for a micro-batch."""
-        table = KEPT_IN_BF16 if bf16 else KEPT
-        d, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
-        image_tokens = height * width // config["patch_size"] ** 2
-        tokens = (image_tokens + text_tokens) * d
-        kept, one = kept_by_blocks(config, table[recipe], image_tokens, text_tokens)
+        block, norms, second = (KEPT_IN_BF16 if bf16 else KEPT)[recipe]
+        if config.get("qk_norm"):
+            block, second = block + norms, second + norms
+        kept = block * (layers * tokens - text_tokens // 2)  # the last block only reads the text
+        kept += second * dual * image_tokens
         work, copies = WORKING * tokens, 2 * weights if casts else 0  # of weights, in bfloat16
         if checkpointing:
-            kept, work, copies = layers * tokens, work + one, copies / 2
-        return kept * samples * micro_batch * number + copies, work * samples * micro_batch * number
+            work += block * tokens + second * image_tokens * (dual > 0)
+            kept, copies = layers * tokens, copies / 2
+        bytes_each = d * samples * micro_batch * number
+        return kept * bytes_each + copies, work * bytes_each
 
     # The graphs that live together; the last one is differentiated.
     learning = graph("with adapters" if lora_rank else "in training")

@@ -19,6 +19,7 @@ from parts.images import save_grid, to_uint8
 from parts.progress import scores
 from parts.prompts import (
     ENCODERS,
+    described,
     encoded,
     free_memory,
     load_component,
@@ -80,21 +81,6 @@ def check_pipeline(folder, model):
     described(folder, "transformer")
     if described(folder, "vae").config.shift_factor is None:
         raise InputError(f"{folder / 'vae'} has no shift_factor: it is not SD3's")
-
-
-def described(folder, name):
-    """The transformer or VAE that a pipeline's configuration describes, on the meta device: without weights.
-
-    Raises InputError if there is none such."""
-    import diffusers
-
-    kind = diffusers.SD3Transformer2DModel if name == "transformer" else diffusers.AutoencoderKL
-    path = folder / name / "config.json"
-    try:
-        with torch.device("meta"):
-            return kind.from_config(read_json(path))
-    except Exception as error:  # whatever the values of a damaged configuration lead to
-        raise InputError(f"{path} describes no {kind.__name__} ({reason(error)})") from error
 
 
 def numbers_in(part):

@@ -17,7 +17,7 @@ import fgm
 from fgm import InputError
 from parts.bars import bar
 from parts.files import open_folder, reason, save_tensors
-from parts.run import moved
+from parts.run import moved, read_json
 
 # ------------------------------------------------------------------------------------------------------------
 # Prompts
@@ -30,10 +30,8 @@ def read_lines(path):
     Raises InputError if it cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {path}: it is not UTF-8 ({error.reason} at {error.start})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path} as text in UTF-8 ({error})") from error
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
@@ -234,6 +232,21 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CONDITIONS = ("encoder_hidden_states", "pooled_projections")  # what SD3's transformer calls them
 
 
+def described(folder, name):
+    """The transformer or VAE that a pipeline's configuration describes, on the meta device: without weights.
+
+    Raises InputError if there is none such."""
+    import diffusers
+
+    kind = diffusers.SD3Transformer2DModel if name == "transformer" else diffusers.AutoencoderKL
+    path = folder / name / "config.json"
+    try:
+        with torch.device("meta"):
+            return kind.from_config(read_json(path))
+    except Exception as error:  # whatever the values of a damaged configuration lead to
+        raise InputError(f"{path} describes no {kind.__name__} ({reason(error)})") from error
+
+
 def load_component(folder, name, dtype):
     """A network of a pipeline, from safetensors alone. Raises InputError if it, or a tensor in it, is
     missing."""
@@ -266,7 +279,7 @@ def free_memory():
 
 def load_pipeline(folder, networks, device, dtype):
     """A StableDiffusion3Pipeline with these of its networks. Raises InputError if they cannot be loaded."""
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline
 
     parts = {path.name for path in Path(folder).iterdir()}  # T5 and its tokenizer may be absent
     loaded = {name: None for name in ("transformer", "vae", *ENCODERS)}
@@ -274,10 +287,8 @@ def load_pipeline(folder, networks, device, dtype):
     loaded |= {name: None for name in {"tokenizer_3"} - parts}
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, **loaded, use_safetensors=True).to(device)
-        if pipe.transformer is None:  # without weights: without T5 it is asked for the width of a text
-            with torch.device("meta"):
-                config = SD3Transformer2DModel.load_config(Path(folder) / "transformer")
-                pipe.transformer = SD3Transformer2DModel.from_config(config)
+        if pipe.transformer is None:  # without T5 it is asked for the width of a text
+            pipe.transformer = described(folder, "transformer")
         return pipe
     except Exception as error:  # the libraries raise what they like
         raise InputError(f"cannot load the pipeline {folder} ({reason(error)})") from error

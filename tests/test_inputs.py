@@ -236,8 +236,8 @@ def test_fid_tells_its_failures_apart_and_counts_real_images_once(tmp_path, monk
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"\xff\xfea\x00", "not UTF-8"),
-    ("a.txt", "caf\xe9".encode("latin-1"), "not UTF-8"),
+    ("a.txt", b"\xff\xfea\x00", "as text in UTF-8"),
+    ("a.txt", "caf\xe9".encode("latin-1"), "as text in UTF-8"),
     ("a.txt", "\ufeff\n \n", "holds no prompts"),
     ("a.jsonl", '{"prompt": 5}', "5 is no text"),
     ("a.jsonl", '{"prompt": ["a"]}', "no text"),
@@ -248,7 +248,7 @@ def test_fid_tells_its_failures_apart_and_counts_real_images_once(tmp_path, monk
     ("a.jsonl", "5", "every line must be"),
     ("a.jsonl", '{"prompt": "a"', "every line must be"),
     ("a.jsonl", "[" * 100_000, "every line must be"),
-    ("a.jsonl", b"\xff", "not UTF-8"),
+    ("a.jsonl", b"\xff", "as text in UTF-8"),
     ("a.jsonl", "", "holds no prompts"),
     ("b/a.txt", "the folder a.txt is asked for", "Is a directory"),
 ])
@@ -272,7 +272,7 @@ def test_strange_prompts_work(tmp_path, name, content, expected):
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"prompt": 5}', "no text"), ('"prompt"', "every line must be"), (b"\xff", "not UTF-8"),
+    ('{"prompt": 5}', "no text"), ('"prompt"', "every line must be"), (b"\xff", "as text in UTF-8"),
     ("", "no prompts"),
 ])
 def test_bad_geneval_metadata_is_named(tmp_path, content, message):
@@ -285,7 +285,7 @@ def test_bad_geneval_metadata_is_named(tmp_path, content, message):
     ("metadata.jsonl", '{"file_name": ["a.png"], "text": "a"}', "no text"),
     ("metadata.jsonl", '{"file_name": "a.png", "text": 7}', "7 is no text"),
     ("metadata.jsonl", '{"file_name": "a.png"}', "KeyError"),
-    ("a.txt", b"\xff", "not UTF-8"),
+    ("a.txt", b"\xff", "as text in UTF-8"),
     ("a.txt", None, "link out of"),
     ("metadata.jsonl", None, "link out of"),
 ])
