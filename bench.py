@@ -152,18 +152,12 @@ def spread(values):
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def ratio(first, second, repeats, factor=1):
-    """factor x seconds of first() / seconds of second(), in turns, after one turn that is not counted.
-    What returns a list has timed itself, several times: its median counts."""
-
-    def seconds(function):
-        began = now()
-        own = function()
-        return statistics.median(own) if isinstance(own, list) else now() - began
-
-    pairs = [(seconds(first), seconds(second)) for _ in range(repeats + 1)][1:]
+def ratio(first, second, repeats):
+    """Seconds of first() / seconds of second(), medians of the times that each returns, in turns, after one
+    turn that is not counted."""
+    pairs = [(statistics.median(first()), statistics.median(second())) for _ in range(repeats + 1)][1:]
     first_s, second_s = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return spread([factor * a / b for a, b in pairs]) | {"first_s": first_s, "second_s": second_s}
+    return spread([a / b for a, b in pairs]) | {"first_s": first_s, "second_s": second_s}
 
 
 def peak_bytes(work, device):

@@ -7,16 +7,15 @@ fgm.Draws makes every random number from (seed, step).
 
 import functools
 import json
-import os
-import re
 import shutil
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import torch
 
 from fgm import InputError, gathered, process_rank
+from parts.files import atomically
 
 FILE_BYTES = 1e9  # of tensors in a file: they, and then its content, are whole in host memory
 
@@ -53,7 +52,7 @@ def state_tensors(learners):
 
 def checkpoints(folder, phase):
     """The checkpoints of a phase, oldest first; nothing else that may lie beside them."""
-    return sorted(path for path in folder.glob(f"{phase}-*") if re.fullmatch(rf"{phase}-\d{{9}}", path.name))
+    return sorted(folder.glob(f"{phase}-" + 9 * "[0-9]"))
 
 
 def checksum(folder):
@@ -68,30 +67,21 @@ def checksum(folder):
 
 
 def save(folder, phase, step, learners, settings, seconds):
-    """Write folder/PHASE-STEP under a temporary name, rename it when complete, keep it and the one before.
+    """Write folder/PHASE-STEP atomically, keep it and the one before.
 
     Returns its path. Raises InputError if it cannot be written. A collective call."""
-    target, temporary = folder / f"{phase}-{step:09d}", folder / f"tmp-{phase}-{step:09d}"
+    target, first = folder / f"{phase}-{step:09d}", process_rank() == 0
     updates = {name: learner.updates for name, learner in learners.items()}
     content = {"step": step, "updates": updates, "seconds": seconds, "settings": settings}
-    try:
-        if process_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+    with atomically(target) if first else nullcontext() as temporary:
+        if first:
+            temporary.mkdir()
             (temporary / "checkpoint.json").write_text(json.dumps(content, indent=1) + "\n")
         write_tensors(state_tensors(learners), temporary)
-        if process_rank() == 0:
+        if first:
             (temporary / "checksum").write_text(checksum(temporary))
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-            for old in checkpoints(folder, phase)[:-2]:
-                shutil.rmtree(old)
-    except Exception as error:
-        raise InputError(f"cannot write the checkpoint {target} ({error}); earlier ones are untouched: "
-                         "free some space and run again") from error
-    finally:
-        if process_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+    for old in checkpoints(folder, phase)[:-2] if first else ():
+        shutil.rmtree(old)
     return target
 
 

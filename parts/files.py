@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,22 +23,28 @@ def open_folder(path):
 
 @contextmanager
 def atomically(path):
-    """A temporary path to write to, renamed to path when all is written, removed otherwise.
+    """A temporary path to write a file or folder to, renamed to path when all is written, removed otherwise.
 
     Raises InputError, naming path, where it cannot be written."""
     from safetensors import SafetensorError
 
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}")  # keeps the extension, which tells PIL the format
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     try:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        if temporary.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path} ({getattr(error, 'strerror', None) or error})") from error
+        what = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {path} ({what}); what was there before is untouched") from error
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import time
 from functools import cache, partial
@@ -146,7 +145,6 @@ def export(folder, generator, lora_rank, dtype, out):
     pipeline, of which the other components are copied; dtype: of the weights in the file. A collective call.
     Raises InputError, the pipeline before untouched, if there is no space."""
     from diffusers import FlowMatchEulerDiscreteScheduler
-    from safetensors import SafetensorError
 
     velocity = generator.net.shared[0] if lora_rank else generator.net
     weights = {name: fgm.gathered(value.detach()).cpu() for name, value in velocity.net.state_dict().items()}
@@ -161,19 +159,10 @@ def export(folder, generator, lora_rank, dtype, out):
     transformer.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_exponential_sigmas=True)
     scheduler.register_to_config(sigma_max=generator.t_star, sigma_min=generator.t_star)
-    temporary, target = out / "pipeline.tmp", out / "pipeline"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with bar(f"writing {target}"):
-            copy_source(folder, temporary)
-            transformer.save_pretrained(temporary / "transformer")
+    with atomically(out / "pipeline") as temporary, bar(f"writing {out / 'pipeline'}"):
+        copy_source(folder, temporary)
+        transformer.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"cannot write {target} ({error}); the generator is safe: "
-                         "free some space and run again") from error
 
 
 def copy_source(folder, target):

@@ -232,14 +232,23 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CONDITIONS = ("encoder_hidden_states", "pooled_projections")  # what SD3's transformer calls them
 
 
+def kind_of(name):
+    """The class of a network of a pipeline."""
+    import diffusers
+    import transformers
+
+    return {
+        "transformer": diffusers.SD3Transformer2DModel, "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModelWithProjection,
+        "text_encoder_2": transformers.CLIPTextModelWithProjection,
+        "text_encoder_3": transformers.T5EncoderModel}[name]
+
+
 def described(folder, name):
     """The transformer or VAE that a pipeline's configuration describes, on the meta device: without weights.
 
     Raises InputError if there is none such."""
-    import diffusers
-
-    kind = diffusers.SD3Transformer2DModel if name == "transformer" else diffusers.AutoencoderKL
-    path = folder / name / "config.json"
+    kind, path = kind_of(name), folder / name / "config.json"
     try:
         with torch.device("meta"):
             return kind.from_config(read_json(path))
@@ -250,18 +259,10 @@ def described(folder, name):
 def load_component(folder, name, dtype):
     """A network of a pipeline, from safetensors alone. Raises InputError if it, or a tensor in it, is
     missing."""
-    import diffusers
-    import transformers
-
-    kinds = {
-        "transformer": diffusers.SD3Transformer2DModel, "vae": diffusers.AutoencoderKL,
-        "text_encoder": transformers.CLIPTextModelWithProjection,
-        "text_encoder_2": transformers.CLIPTextModelWithProjection,
-        "text_encoder_3": transformers.T5EncoderModel}
-    diffuses = issubclass(kinds[name], diffusers.ModelMixin)
+    diffuses = name in ("transformer", "vae")
     precision = {"torch_dtype" if diffuses else "dtype": dtype}  # diffusers 0.36 passes over "dtype"
     try:
-        network, loading = kinds[name].from_pretrained(
+        network, loading = kind_of(name).from_pretrained(
             Path(folder) / name, use_safetensors=True, output_loading_info=True, **precision)
     except Exception as error:  # the libraries raise what they like
         raise InputError(f"cannot load {Path(folder) / name} ({reason(error)})") from error

@@ -437,10 +437,10 @@ def test_a_full_disk_keeps_the_pipeline_before(source, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copy2", fail)
-    with refused("No space left.*the generator is safe"):
+    with refused("No space left.*what was there before is untouched"):
         pipeline.export(source, generator, 0, torch.float32, tmp_path)
     assert (tmp_path / "pipeline" / "model_index.json").read_text() == "before"
-    assert not (tmp_path / "pipeline.tmp").exists()
+    assert not (tmp_path / ".tmp-pipeline").exists()
 
 
 # Caches
