@@ -258,8 +258,6 @@ def main():
     device, rows = setup(args.device), {}
     if args.json:
         open_folder(Path(args.json).parent)  # raises now, not when all is measured
-        if Path(args.json).is_dir():
-            raise fgm.InputError(f"--json {args.json} is a folder: name a file in it")
     keep_memory()
     quiet()
     threads = torch.get_num_threads()

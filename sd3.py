@@ -41,7 +41,7 @@ from parts.flags import COUNT, Setting
 from parts.gan import GAN
 from parts.images import save_grid, save_samples
 from parts.mmdit import networks, print_memory
-from parts.prompts import Embeddings, digest_of, encode_prompts, find_prompts, free_memory
+from parts.prompts import Embeddings, described, digest_of, encode_prompts, find_prompts, free_memory
 from parts.real import encode_images, load_real
 from parts.sizes import check_sizes
 
@@ -183,7 +183,7 @@ def read_source(args, device):
         args.checkpointing = device.type == "cuda"
     check_sizes(args, device)
     folder = hub.model_folder(args.model)
-    config, size = pipeline.described(folder, "transformer").config, (args.height, args.width)
+    config, size = described(folder, "transformer").config, (args.height, args.width)
     shape = pipeline.latent_shape(folder, size)
     check_sizes(args, device, math.prod(shape), scored=2 * 3 * args.height * args.width)
     prompts = find_prompts(args.prompts, folder)

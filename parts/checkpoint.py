@@ -8,14 +8,13 @@ fgm.Draws makes every random number from (seed, step).
 import functools
 import json
 import shutil
-import zlib
 from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import torch
 
 from fgm import InputError, gathered, process_rank
-from parts.files import atomically
+from parts.files import atomically, file_digest
 
 FILE_BYTES = 1e9  # of tensors in a file: they, and then its content, are whole in host memory
 
@@ -57,13 +56,8 @@ def checkpoints(folder, phase):
 
 def checksum(folder):
     """Of the names and contents of a checkpoint's files."""
-    value = 0
-    for path in [folder / "checkpoint.json", *sorted(folder.glob("*.safetensors"))]:
-        value = zlib.crc32(path.name.encode(), value)
-        with open(path, "rb") as file:
-            while chunk := file.read(2**24):
-                value = zlib.crc32(chunk, value)
-    return f"{value:08x}"
+    paths = [folder / "checkpoint.json", *sorted(folder.glob("*.safetensors"))]
+    return json.dumps({path.name: file_digest(path) for path in paths})
 
 
 def save(folder, phase, step, learners, settings, seconds):

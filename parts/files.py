@@ -1,7 +1,7 @@
 """Files are written atomically: whole, or not at all."""
 
+import hashlib
 import json
-import math
 import os
 import shutil
 from contextlib import contextmanager
@@ -50,11 +50,7 @@ def atomically(path):
 
 def finite(content):
     """The same with None for every number that JSON does not know: nan and the infinities."""
-    if isinstance(content, dict):
-        return {name: finite(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
 
 
 def write_json(path, content):
@@ -68,6 +64,12 @@ def save_tensors(tensors, path, metadata=None):
 
     with atomically(path) as temporary:
         save_file(tensors, temporary, metadata)
+
+
+def file_digest(path):
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reason(error):

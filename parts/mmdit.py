@@ -110,8 +110,7 @@ def add_lora(transformer, lora_rank, names=("flow", "generator")):
     for block in transformer.transformer_blocks:
         for path, module in list(block.named_modules()):
             if isinstance(module, nn.Linear) and not path.startswith("norm"):
-                parent, _, name = path.rpartition(".")
-                setattr(block.get_submodule(parent), name, LoRALinear(module, lora_rank, names, switch))
+                block.set_submodule(path, LoRALinear(module, lora_rank, names, switch))
     return switch
 
 

@@ -12,20 +12,11 @@ from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
+from parts import prompts
 from parts.bars import bar, batches
 from parts.files import atomically, open_folder, reason, save_tensors
 from parts.images import save_grid, to_uint8
 from parts.progress import scores
-from parts.prompts import (
-    ENCODERS,
-    described,
-    encoded,
-    free_memory,
-    load_component,
-    load_pipeline,
-    read_json_lines,
-    text_of,
-)
 from parts.run import noise_from, read_json
 from parts.scores import frechet_distance
 
@@ -33,7 +24,7 @@ from parts.scores import frechet_distance
 # The source pipeline
 # ------------------------------------------------------------------------------------------------------------
 
-NETWORKS = ("transformer", "vae", *ENCODERS)
+NETWORKS = ("transformer", "vae", *prompts.ENCODERS)
 COMPONENTS = (*NETWORKS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 OPTIONAL = ("text_encoder_3", "tokenizer_3")  # T5
 
@@ -77,8 +68,8 @@ def check_pipeline(folder, model):
     if scheduler != "FlowMatchEulerDiscreteScheduler":
         raise InputError(f"{model} samples with {scheduler}: "
                          "it is no flow-matching model (v = noise - data), which FGM needs")
-    described(folder, "transformer")
-    if described(folder, "vae").config.shift_factor is None:
+    prompts.described(folder, "transformer")
+    if prompts.described(folder, "vae").config.shift_factor is None:
         raise InputError(f"{folder / 'vae'} has no shift_factor: it is not SD3's")
 
 
@@ -155,7 +146,7 @@ def export(folder, generator, lora_rank, dtype, out):
         save_tensors(lora, out / "lora.safetensors", header)
     weights["pos_embed.proj.weight"] = generator.c_in * weights["pos_embed.proj.weight"].float()
 
-    transformer = described(folder, "transformer")
+    transformer = prompts.described(folder, "transformer")
     transformer.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_exponential_sigmas=True)
     scheduler.register_to_config(sigma_max=generator.t_star, sigma_min=generator.t_star)
@@ -183,14 +174,14 @@ def copy_source(folder, target):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def draw(folder, prompts, steps, guidance, size, device, dtype, seed=0, batch=50, what=None):
-    """A uint8 image [3, H, W] per prompt, one after the other, by the pipeline in a folder; size = (H, W).
+def draw(folder, texts, steps, guidance, size, device, dtype, seed=0, batch=50, what=None):
+    """A uint8 image [3, H, W] for each text, one after the other, by the pipeline in a folder; size = (H, W).
 
-    Text encoders, transformer and VAE are on the device in turn. Image i depends on (seed + i, its prompt)
+    Text encoders, transformer and VAE are on the device in turn. Image i depends on (seed + i, its text)
     alone. what: the title of progress bars. Raises InputError if the pipeline cannot be loaded."""
     check_pipeline(Path(folder), folder)
-    text, noise = encoded(folder, prompts, device, dtype), range(seed, seed + len(prompts))
-    latents, _ = draw_latents(folder, *text, noise, steps, guidance, size, device, dtype, batch, what)
+    encoded, noise = prompts.encoded(folder, texts, device, dtype), range(seed, seed + len(texts))
+    latents, _ = draw_latents(folder, *encoded, noise, steps, guidance, size, device, dtype, batch, what)
     return decode(folder, latents, device, dtype, what)
 
 
@@ -199,7 +190,7 @@ def draw_latents(folder, conditions, null, seeds, steps, guidance, size, device,
 
     conditions(indices [B]), null: as Embeddings gives them, for index i and seed seeds[i]."""
     with bar(f"loading {folder}"):
-        pipe = load_pipeline(folder, ["transformer"], device, dtype)
+        pipe = prompts.load_pipeline(folder, ["transformer"], device, dtype)
     pipe.set_progress_bar_config(disable=True)
     shape, found, began = latent_shape(folder, size), [], time.perf_counter()
     for i in batches(len(seeds), batch, what):
@@ -216,14 +207,14 @@ def draw_latents(folder, conditions, null, seeds, steps, guidance, size, device,
         found.append(output.images.cpu())
     seconds = time.perf_counter() - began
     del pipe, output
-    free_memory()
+    prompts.free_memory()
     return torch.cat(found), seconds
 
 
 def latent_shape(folder, size):
     """(channels, height, width) of an image's latent; size: (H, W). Raises InputError if it is too large."""
-    config, (height, width) = described(folder, "transformer").config, size
-    scale = 2 ** (len(described(folder, "vae").config.block_out_channels) - 1)
+    config, (height, width) = prompts.described(folder, "transformer").config, size
+    scale = 2 ** (len(prompts.described(folder, "vae").config.block_out_channels) - 1)
     largest = config.pos_embed_max_size * config.patch_size * scale
     if max(height, width) > largest:
         raise InputError(f"{height}x{width} is larger than {folder} can make: its largest side is {largest}")
@@ -234,7 +225,7 @@ def latent_shape(folder, size):
 def decode(folder, latents, device, dtype, what=None):
     """uint8 images [3, H, W] of latents [N, 16, h, w], one after the other, by the pipeline's VAE, which is
     loaded for it."""
-    vae = load_component(folder, "vae", dtype).to(device)
+    vae = prompts.load_component(folder, "vae", dtype).to(device)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     for i in batches(len(latents), 1, what and f"{what}, decoding"):
         pixels = vae.decode(latents[i : i + 1].to(device, dtype) / scale + shift).sample  # [1, 3, H, W]
@@ -281,8 +272,10 @@ def geneval(metadata, target, draw):
     prompts."""
     from PIL import Image
 
-    wanted = 'a JSON object with a "prompt"'
-    lines = read_json_lines(metadata, lambda record: (record, text_of(record["prompt"])), wanted)
+    def pick(record):
+        return record, prompts.text_of(record["prompt"])
+
+    lines = prompts.read_json_lines(metadata, pick, 'a JSON object with a "prompt"')
     if not lines:
         raise InputError(f"{metadata} holds no prompts")
     for i, image in enumerate(draw([prompt for _, prompt in lines for _ in range(4)])):

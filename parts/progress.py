@@ -1,7 +1,7 @@
 """OUT/progress.png: how far a distillation is, drawn from log.jsonl."""
 
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,12 @@ def scores(teacher, measure):
 
     measure(sampler) -> float: the distance of a fixed set of samples, sampler(noise, **cond) -> x0; every
     process calls it. The log gets {"score": float, "teacher_scores": {steps: float}}."""
-    known = {}
+    @cache
+    def of_teacher():
+        return {str(k): measure(partial(fgm.sample_ode, teacher, steps=k)) for k in TEACHER_STEPS}
 
     def picture(step, generator):
-        if not known:
-            samplers = {str(k): partial(fgm.sample_ode, teacher, steps=k) for k in TEACHER_STEPS}
-            known.update({k: measure(sampler) for k, sampler in samplers.items()})
-        return {"score": measure(generator), "teacher_scores": known}
+        return {"score": measure(generator), "teacher_scores": of_teacher()}
 
     return picture
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import fgm
 from fgm import InputError
 from parts.bars import bar
-from parts.files import open_folder, reason, save_tensors
+from parts.files import file_digest, open_folder, reason, save_tensors
 from parts.run import moved, read_json
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,11 +147,6 @@ def shared(work, items, what):
 def digest_of(content):
     """SHA-256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_of(items):

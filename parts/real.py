@@ -10,21 +10,9 @@ import torch
 
 import fgm
 from fgm import InputError
-from parts.files import open_folder
+from parts import prompts
+from parts.files import file_digest, open_folder
 from parts.images import channels_first, image_files, read_image, to_float
-from parts.prompts import (
-    Rows,
-    contents,
-    digest_of,
-    file_digest,
-    files_of,
-    fill,
-    load_component,
-    read_json_lines,
-    read_lines,
-    shared,
-    text_of,
-)
 
 IMAGES, TEXTS, TABLES = (".png", ".jpg", ".jpeg", ".webp"), (".txt", ".caption"), (".jsonl", ".csv")
 
@@ -50,7 +38,8 @@ def load_real(folder):
     captions = []
     for path in paths:
         own = beside.get(key_of(path.with_suffix(""), folder))
-        captions.append(tables.get(key_of(path, folder)) or (own and "\n".join(read_lines(own))) or "")
+        lines = prompts.read_lines(own) if own else []
+        captions.append(tables.get(key_of(path, folder)) or "\n".join(lines))
     without = [path for path, caption in zip(paths, captions, strict=True) if not caption]
     if len(without) == len(paths):
         raise InputError(f"none of the {len(paths)} images in --real {folder} has a caption: give "
@@ -72,23 +61,16 @@ def table(path):
     """[(file name, caption)] of a metadata.jsonl or metadata.csv. Raises InputError for a bad line."""
 
     def pick(record):
-        return text_of(record["file_name"]), text_of(record["text"])
+        return prompts.text_of(record["file_name"]), prompts.text_of(record["text"])
 
     if path.suffix == ".jsonl":
-        return read_json_lines(path, pick, '{"file_name": ..., "text": ...}')
+        return prompts.read_json_lines(path, pick, '{"file_name": ..., "text": ...}')
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return [pick(record) for record in csv.DictReader(file, strict=True)]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(f"{path}: every line must have the columns file_name and text "
                          f"({type(error).__name__}: {error})") from error
-
-
-def check_size(path, found, size):
-    """Raises InputError unless found (width, height) is the run's size (H, W)."""
-    if found != (size[1], size[0]):
-        raise InputError(f"{path} is {found[0]}x{found[1]}, the run makes {size[1]}x{size[0]}; "
-                         "resize the images, or change --height and --width")
 
 
 def encode_images(folder, paths, size, shape, cache, device, dtype):
@@ -98,21 +80,27 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
     They are kept in files of 128 in the folder cache, named after what they are made of, by content: what
     exists is not made again, what belongs to an image that has changed is. A collective call. Raises
     InputError, naming the file, for an image that cannot be read, or is of another size."""
-    cache, vae_key = open_folder(cache), contents(folder, "vae/*")
-    digests, files = shared(file_digest, paths, "reading the images"), {}
-    for i, (part, digest) in enumerate(zip(files_of(paths), files_of(digests), strict=True)):
-        files[f"latents-{i:06d}-{digest_of([vae_key, str(dtype), digest])[:16]}"] = part
+    cache, vae_key = open_folder(cache), prompts.contents(folder, "vae/*")
+    digests, files = prompts.shared(file_digest, paths, "reading the images"), {}
+    for i, (part, digest) in enumerate(zip(prompts.files_of(paths), prompts.files_of(digests), strict=True)):
+        files[f"latents-{i:06d}-{prompts.digest_of([vae_key, str(dtype), digest])[:16]}"] = part
 
     def encode(vae, part):
         shift, scale, latents = vae.config.shift_factor, vae.config.scaling_factor, []
         for path in part:
             image = read_image(path)
-            check_size(path, image.size, size)
+            if image.size[::-1] != tuple(size):
+                raise InputError(f"{path} is {image.width}x{image.height}, the run makes {size[1]}x{size[0]}"
+                                 ": resize it, or change --height and --width")
             pixels = channels_first(np.array(image)[None]).to(device)  # [H, W, 3] -> [1, 3, H, W]
             with torch.no_grad():
                 mean = vae.encode(to_float(pixels)).latent_dist.mean
             latents.append(((mean - shift) * scale).to(dtype).cpu())
         return {"latents": torch.cat(latents)}  # 128 x [1, 16, h, w] -> [128, 16, h, w]
 
-    fill(cache, files, {}, lambda: load_component(folder, "vae", torch.float32).to(device), encode)
-    return Rows([cache / f"{name}.safetensors" for name in files], len(paths), {"latents": shape}, device)
+    def load():
+        return prompts.load_component(folder, "vae", torch.float32).to(device)
+
+    prompts.fill(cache, files, {}, load, encode)
+    paths_of_rows = [cache / f"{name}.safetensors" for name in files]
+    return prompts.Rows(paths_of_rows, len(paths), {"latents": shape}, device)
