@@ -24,9 +24,10 @@ import torch
 
 import fgm
 from fgm import InputError
-from parts import flags, images, memory, run, scores, sizes
-from parts.edm import Block, EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
+from parts import edm, flags, images, memory, run, scores, sizes
+from parts.edm import EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from parts.flags import Setting
+from parts.gan import GAN
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -83,7 +84,12 @@ TEACHER_FLAGS = {
     **flags.TEACHER_FLAGS,
     "teacher_ema": Setting(float, fgm.RANGES["ema_decay"], "of the teacher's moving average", None, "DECAY"),
 }
-KIMG_FLAG = {"kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with")}
+METHOD_FLAGS = {
+    "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
+    "gan": Setting(float, fgm.POSITIVE, "a GAN on the training images, too: its weight in the generator's "
+                                        "loss, both per element, a fifth of that in the flow's (SD3: 0.01)",
+                   metavar="WEIGHT"),
+}
 SCORE_FLAGS = {
     "samples": Setting(int, "[2, 1e9]", "images that each score is measured on"),
     "fid": Setting(bool, None, "Inception FID by torch-fidelity against the training images; "
@@ -119,7 +125,7 @@ def arguments():
         "data": DATA_FLAGS,
         "run": OUT_FLAGS | flags.RUN_FLAGS | flags.PICTURE_FLAG,
         "teacher and network (EDM, arXiv 2206.00364; section 5.1)": TEACHER_FLAGS,
-        "distillation (Algorithm 1; section 5.1, appendix B.1)": KIMG_FLAG | flags.DISTILLATION_FLAGS,
+        "distillation (Algorithm 1; section 5.1, appendix B.1)": METHOD_FLAGS | flags.DISTILLATION_FLAGS,
         "scores": SCORE_FLAGS,
         "drawing samples from a finished run": SAMPLE_FLAGS,
     }
@@ -251,20 +257,25 @@ def main():
     memory.settle_micro_batch(args, net, shape, label_dim)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
-        run.shard(module, [block for block in module.modules() if isinstance(block, Block)])
+        run.shard(module, [block for block in module.modules() if isinstance(block, edm.Block)])
     data, conditions = images.data_functions(real, label_dim, args.flip, device)
+    gan = None
+    if args.gan:
+        torch.manual_seed(args.seed)
+        gan = GAN(edm.keep_features(flow), data, args.t_flow, args.gan, 5 * args.gan).to(device)
+        run.shard(gan.head)
     description = {"network": network, "data": args.data, "classes": real.classes,
                    "class_counts": class_counts}
     folder_run = run.folder_run(args, out)
     folder_run.fingerprint = {"data": args.data, "images": real.fingerprint(), "network": network,
-                              "teacher": args.teacher, "flip": args.flip}
+                              "teacher": args.teacher, "flip": args.flip, "gan": args.gan}
     if args.overwrite and fgm.process_rank() == 0:
         (out / JUDGE).unlink(missing_ok=True)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
 
     # One distillation step now: what would stop it should not do so after the teacher's training.
-    fgm.distill(teacher, generator, flow, shape, conditions=conditions,
+    fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=gan,
                 **settings | {"steps": 1, "compile": False})
 
     # The teacher, by ReFlow (3.6).
@@ -287,7 +298,7 @@ def main():
     folder_run.picture = scores.pictures(out, real.pixels, teacher, draw, min(args.samples, 500))
     folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher)}
     generator, distill_seconds = fgm.distill(
-        teacher, generator, flow, shape, conditions=conditions, run=folder_run, **settings)
+        teacher, generator, flow, shape, conditions=conditions, extra=gan, run=folder_run, **settings)
     description |= {"generator": generator.coefficients()}
     run.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(description)})
 

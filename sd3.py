@@ -198,10 +198,16 @@ def make_gan(args, source, device, dtype, out):
     size, config = (args.height, args.width), source.config
     latents = encode_images(source.folder, source.paths, size, source.shape, out / "latents", device, dtype)
     embeddings = Embeddings(out / "captions", len(source.captions), device)
+
+    def real(seeds):
+        chosen = seeds % len(latents)
+        return latents(chosen)["latents"].float(), embeddings(chosen)
+
     width = config["num_attention_heads"] * config["attention_head_dim"]
     grid = [side // config["patch_size"] for side in source.shape[1:]]
-    gan = GAN(width, grid, latents, embeddings, args.t_flow, args.gan_generator, args.gan_discriminator)
-    run.shard(gan.to(device).head)
+    gan = GAN(width, real, args.t_flow, args.gan_generator, args.gan_discriminator, grid).to(device)
+    gan.content = digest_of([latents.names, source.captions])  # for the run's fingerprint
+    run.shard(gan.head)
     return gan
 
 
@@ -226,7 +232,7 @@ def make_run(args, source, teacher, embeddings, gan, device, bf16, out):
     folder_run.fingerprint = {
         "model": str(args.model), "lora": args.lora, "prompts": digest_of(prompts), "guidance": args.guidance,
         "height": args.height, "width": args.width, "real": args.real,
-        "real_content": gan and digest_of([gan.real.names, source.captions]),
+        "real_content": gan and gan.content,
         "gan": [args.gan_generator, args.gan_discriminator],
         "teacher_weights": run.fingerprint_of(teacher.net)}
     return folder_run

@@ -182,7 +182,11 @@ def moved(model, embeddings, lora_rank, out):
         made = len(list(folder.iterdir()))
         assert made == len(latents.slices) == -(-5 // prompts.ROWS_PER_FILE), made
     assert torch.equal(*found)
-    gan = GAN(32, (4, 4), latents, embeddings, (-1.0, 2.0), 2e-3, 1e-2)
+
+    def real(seeds):
+        return latents(seeds % 5)["latents"], embeddings(seeds % 5)
+
+    gan = GAN(32, real, (-1.0, 2.0), 2e-3, 1e-2, (4, 4))
     run.shard(gan.head)
     nets = {"flow": flow, "net": net, "gan": gan}
     before = parameters(nets)
@@ -267,7 +271,8 @@ def test_gan_losses_against_plain_mathematics(models, embeddings, tmp_path, shap
     real = torch.randn(5, 16, 4, 4)
     save_tensors({"latents": real}, tmp_path / "latents.safetensors")
     rows = Rows([tmp_path / "latents.safetensors"], 5, {"latents": (16, 4, 4)}, CPU)
-    gan = GAN(32, (4, 4), rows, embeddings, (-1.0, 2.0), 0.5, 0.25)
+    gan = GAN(32, lambda seeds: (rows(seeds % 5)["latents"], embeddings(seeds % 5)), (-1.0, 2.0), 0.5, 0.25,
+              (4, 4))
     seeds, cond = torch.tensor([7, 11]), embeddings(torch.tensor([3, 4]))
     x0, noise = torch.randn(2, 16, 4, 4, requires_grad=True), torch.randn(2, 16, 4, 4)
     t = torch.tensor([0.1, 0.4])
@@ -312,7 +317,7 @@ class Still(torch.nn.Module):
 def test_ratio_of_the_gans_gradient_to_that_of_l2_by_hand(side):
     """At t = 0.5 with a linear head w near 0, where the sigmoid is 1/2, the GAN's gradient at a position is
     0.01 D w / (4 H W), its norm 0.04 |w| sqrt(H W); for a teacher u everywhere L2's is 2 u, 8 u sqrt(H W)."""
-    gan = GAN(16, (side, side), None, None, (0.0, 0.0))
+    gan = GAN(16, None, (0.0, 0.0), grid=(side, side))
     gan.head = torch.nn.Conv2d(16, 1, 1)
     torch.nn.init.constant_(gan.head.weight, 1e-3)  # norm 4e-3
     torch.nn.init.zeros_(gan.head.bias)
