@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import fgm
 from fgm import InputError
-from parts.pipeline import COMPONENTS, check_kind, check_pipeline
+from parts.pipeline import COMPONENTS, check_kind, check_pipeline, read_object
 from parts.processes import first_process
 
 
@@ -18,6 +18,9 @@ def model_folder(model):
     Raises InputError if it cannot be had or is not a whole SD3 flow-matching pipeline."""
     if Path(model).is_dir():
         check_pipeline(Path(model), model)
+        scheduler = read_object(Path(model) / "scheduler" / "scheduler_config.json")
+        if scheduler.get("sigma_max") is not None and scheduler["sigma_max"] == scheduler.get("sigma_min"):
+            raise InputError(f"{model} makes one step: as --model name the one that it was distilled from")
         return Path(model)
     folder = first_process(lambda: in_the_cache(model) or download(model))
     if int(os.environ.get("LOCAL_WORLD_SIZE", fgm.world_size())) < fgm.world_size():  # on other machines, too

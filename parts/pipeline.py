@@ -180,13 +180,13 @@ def merge_lora(weights, generator):
     return weights, lora, {"t_star": str(generator.t_star), "lora_adapter_metadata": adapter}
 
 
-def export(folder, generator, lora_rank, dtype, out):
+def export(folder, generator, lora_rank, dtype, out, shape=None):
     """Write OUT/pipeline, which StableDiffusion3Pipeline runs in one step, and for LoRA OUT/lora.safetensors.
 
     c_in is folded into the weight of the patch embedding, whose input is c_in z; the scheduler's only sigma
     is t_star = c_out: z + (0 - t_star) net(c_in z, t_star) is eq. (B.1) with c_skip 1. folder: of the source
-    pipeline, of which the other components are copied; dtype: of the weights in the file. A collective call.
-    Raises InputError, the pipeline before untouched, if there is no space."""
+    pipeline, of which the other components are copied; dtype: of the weights in the file; shape: of a latent.
+    A collective call. Raises InputError, the pipeline before untouched, if there is no space."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from safetensors import SafetensorError
 
@@ -201,6 +201,8 @@ def export(folder, generator, lora_rank, dtype, out):
 
     transformer = described(folder, "transformer")
     transformer.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
+    if shape and shape[1] == shape[2]:  # what diffusers draws where no size is given
+        transformer.register_to_config(sample_size=shape[1])
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_exponential_sigmas=True)
     scheduler.register_to_config(sigma_max=generator.t_star, sigma_min=generator.t_star)
     temporary, target = out / "pipeline.tmp", out / "pipeline"
@@ -239,11 +241,11 @@ def copy_source(folder, target):
 def draw(folder, prompts, steps, guidance, size, device, dtype, seed=0, batch=50, what=None):
     """A uint8 image [3, H, W] per prompt, one after the other, by the pipeline in a folder; size = (H, W).
 
-    Text encoders, transformer and VAE are on the device in turn. Image i depends on (seed + i, its prompt)
+    Text encoders, transformer and VAE are on the device in turn. Image i depends on (seed, i, its prompt)
     alone. what: the title of progress bars. Raises InputError if the pipeline cannot be loaded."""
     check_pipeline(Path(folder), folder)
-    text, noise = encoded(folder, prompts, device, dtype), range(seed, seed + len(prompts))
-    latents, _ = draw_latents(folder, *text, noise, steps, guidance, size, device, dtype, batch, what)
+    text, seeds = encoded(folder, prompts, device, dtype), [seed * 2**32 + i for i in range(len(prompts))]
+    latents, _ = draw_latents(folder, *text, seeds, steps, guidance, size, device, dtype, batch, what)
     return decode(folder, latents, device, dtype, what)
 
 
@@ -338,7 +340,10 @@ def geneval(metadata, target, draw):
     lines = read_json_lines(metadata, lambda record: (record, text_of(record["prompt"])), wanted)
     if not lines:
         raise InputError(f"{metadata} holds no prompts")
-    for i, image in enumerate(draw([prompt for _, prompt in lines for _ in range(4)])):
+    images = draw([prompt for _, prompt in lines for _ in range(4)])
+    for old in target.glob("[0-9]" * 5):  # the scorer takes every folder that it finds
+        shutil.rmtree(old)
+    for i, image in enumerate(images):
         folder = open_folder(target / f"{i // 4:05d}")
         samples = open_folder(folder / "samples")
         if i % 4 == 0:
