@@ -11,7 +11,7 @@ import torch
 import fgm
 from fgm import InputError
 from parts.files import open_folder
-from parts.images import channels_first, image_files, read_image, to_float
+from parts.images import IMAGE_SUFFIXES, channels_first, image_files, read_image, to_float
 from parts.prompts import (
     Rows,
     contents,
@@ -26,7 +26,7 @@ from parts.prompts import (
     text_of,
 )
 
-IMAGES, TEXTS, TABLES = (".png", ".jpg", ".jpeg", ".webp"), (".txt", ".caption"), (".jsonl", ".csv")
+TEXTS, TABLES = (".txt", ".caption"), (".jsonl", ".csv")
 
 
 def load_real(folder, size):
@@ -38,10 +38,10 @@ def load_real(folder, size):
     another size than the run's (of both the header is read alone), links out of the folder, bad tables; and
     if no image has a caption."""
     folder = Path(folder)
-    files = image_files(folder, (*IMAGES, *TEXTS, *TABLES))
-    paths = [path for path in files if path.suffix.lower() in IMAGES]
+    files = image_files(folder, (*IMAGE_SUFFIXES, *TEXTS, *TABLES))
+    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        raise InputError(f"--real {folder} holds no images (png, jpg, webp)")
+        raise InputError(f"--real {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     for path in paths:
         check_size(path, header_size(path), size)
     beside = {key_of(path.with_suffix(""), folder): path for path in files
