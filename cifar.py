@@ -135,7 +135,8 @@ def arguments():
     meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device"]
     args = parser.parse_with(
         defaults, lambda args: always | ({"teacher": ["ode_steps"]} if args.sample else {}),
-        {"sample": meaningful, "generator": {*meaningful} - {"data", "cond", "ode_steps"}})
+        {"sample": meaningful, "generator": {*meaningful} - {"data", "cond", "ode_steps"},
+         "teacher": {action.dest for action in parser._actions} - TEACHER_FLAGS.keys()})
     if args.quick and args.paper:
         parser.error("--quick and --paper contradict each other: give one of them")
     if args.quick and args.data == "digits":
@@ -156,7 +157,7 @@ def out_folder(args):
 def draw_from_files(args, device):
     """--sample: images of a finished run, or of a network file alone."""
     out = out_folder(args)
-    sampler, network, class_counts = sampler_from_file(args, out, device)
+    sampler, network, class_counts, names = sampler_from_file(args, out, device)
     began = time.perf_counter()
     pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), class_counts,
                                         device, args.seed, args.classes, what="drawing")
@@ -169,13 +170,14 @@ def draw_from_files(args, device):
     if args.npz:
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # [N, C, R, R] -> [N, R, R, C]
         with run.atomically(f"{target}.npz") as temporary:
-            np.savez(temporary, images=arrays, labels=labels.numpy())
-    print(f"{len(pixels)} images in {seconds:.2f} s: {target}.png" + f", {target}.npz" * args.npz)
+            np.savez(temporary, images=arrays, labels=labels.numpy(), classes=names)
+    shown = " of " * bool(args.classes) + ", ".join(names[i] for i in args.classes or ())
+    print(f"{len(pixels)} images{shown} in {seconds:.2f} s: {target}.png" + f", {target}.npz" * args.npz)
 
 
 def sampler_from_file(args, out, device):
-    """(sampler, description of its network, class_counts) of out or file: its generator, or with --ode-steps
-    its teacher. A file from before class_counts were kept has all classes alike.
+    """(sampler, description of its network, class_counts, classes) of out or file: its generator, or with
+    --ode-steps its teacher.
     Raises InputError for a file that is missing or no generator, and for classes that it does not have."""
     if args.ode_steps:
         path = Path(args.teacher or out / "teacher.safetensors")
@@ -185,19 +187,17 @@ def sampler_from_file(args, out, device):
         raise InputError(f"{path} does not exist: the run has not finished, or --out names another folder")
     net, description = load_network(path)
     network = description["network"]
-    if not args.ode_steps and "generator" not in description:
-        raise InputError(f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
-    if args.classes and max(args.classes) >= (label_dim := network["label_dim"]):
-        possible = f"must lie in 0..{label_dim - 1}" if label_dim else "needs a conditional network"
-        raise InputError(f"--classes {possible}")
-    counts = description.get("class_counts", [1] * network["label_dim"])
-    if type(counts) is not list or len(counts) != network["label_dim"] or \
-            any(type(count) is not int or not 0 < count < 1e9 for count in counts):
-        raise InputError(f"{path} cannot be used: its class_counts are not one number for each class")
+    if ("generator" in description) == bool(args.ode_steps):
+        raise InputError(f"{path} is a one-step generator, no teacher" if args.ode_steps else
+                         f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
+    names, counts = description["classes"] if network["label_dim"] else [], description["class_counts"]
+    if args.classes and max(args.classes) >= len(names):
+        raise InputError(f"--classes must lie in 0..{len(names) - 1}" if names
+                         else "--classes needs a conditional network")
     net = net.to(device)
     if args.ode_steps:
-        return partial(fgm.sample_ode, net, steps=args.ode_steps), network, counts
-    return fgm.OneStepGenerator(net, **description["generator"]), network, counts
+        return partial(fgm.sample_ode, net, steps=args.ode_steps), network, counts, names
+    return fgm.OneStepGenerator(net, **description["generator"]), network, counts, names
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,8 +269,8 @@ def main():
     folder_run = run.folder_run(args, out)
     folder_run.fingerprint = {"data": args.data, "images": real.fingerprint(), "network": network,
                               "teacher": args.teacher, "flip": args.flip, "gan": args.gan}
-    if args.overwrite and fgm.process_rank() == 0:
-        (out / JUDGE).unlink(missing_ok=True)
+    if args.overwrite and not args.teacher and fgm.process_rank() == 0:
+        (out / "teacher.safetensors").unlink(missing_ok=True)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
 

@@ -409,18 +409,28 @@ def load_network(path):
         if {part.get_dtype() for part in slices.values()} - {"F64", "F32", "F16", "BF16"}:
             raise InputError("its weights are no floating-point numbers")
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        return build_with_weights(description["network"], shapes, file.get_tensor), description
+        net = build_with_weights(description["network"], shapes, file.get_tensor)
+        names, label_dim = description["classes"], description["network"]["label_dim"]
+        counts = description.setdefault("class_counts", [1] * label_dim)  # older files: all classes alike
+        right = type(names) is type(counts) is list and len(counts) == label_dim in (0, len(names))
+        if not right or any(type(name) is not str for name in names) or \
+                any(type(count) is not int or not 0 < count < 1e9 for count in counts):
+            raise InputError("its classes and class_counts are not a name and a number for each class")
+        return net, description
 
 
 def load_teacher(path, images, cond):
     """A teacher and its description, from our safetensors or an EDM pickle.
 
-    Raises InputError if it does not fit the images or the conditioning."""
+    Raises InputError if it does not fit the images, the conditioning or, where it names them, the classes."""
     if str(path).endswith(".pkl"):
         net, network = read_edm(path)
+        names = images.classes  # a pickle has none
     else:
         net, description = load_network(path)
-        network = description["network"]
+        if "generator" in description:
+            raise InputError(f"{path} is a one-step generator, no teacher")
+        network, names = description["network"], description["classes"]
     shape, data_shape = list(image_shape(network)), list(images.pixels.shape[1:])
     if shape != data_shape:
         raise InputError(f"{path} makes images of shape {shape}, the data has {data_shape}")
@@ -429,4 +439,7 @@ def load_teacher(path, images, cond):
         held = f"conditional on {label_dim} classes" if label_dim else "unconditional"
         wanted = f"conditional on {classes} classes (--cond)" if cond else "unconditional (no --cond)"
         raise InputError(f"{path} is {held}, asked for is {wanted}")
+    if cond and names != images.classes:
+        raise InputError(f"{path} has the classes {ascii(names)[:200]}, in this order, the data "
+                         f"{ascii(images.classes)[:200]}")
     return net, network

@@ -25,7 +25,16 @@ from torch._subclasses import FakeTensorMode
 import cifar
 import fgm
 from parts import progress, run
-from parts.edm import Conv, EDMUNet, EDMVelocity, GroupNorm, keep_features, load_edm, load_network
+from parts.edm import (
+    Conv,
+    EDMUNet,
+    EDMVelocity,
+    GroupNorm,
+    keep_features,
+    load_edm,
+    load_network,
+    load_teacher,
+)
 from parts.gan import GAN
 from parts.images import draw_images, load_images
 from parts.run import noise_from
@@ -407,6 +416,7 @@ def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     of_run = np.load(out / "samples-one-step.npz")
     assert of_run["images"].shape == (6, 8, 8, 1) and of_run["labels"].tolist() == [3, 1] * 3
+    assert of_run["classes"].tolist() == [str(i) for i in range(10)] and "6 images of 3, 1 in" in done.stdout
     alone = tmp_path / "mine.safetensors"
     alone.write_bytes((out / "generator.safetensors").read_bytes())
     done = drive_here(cifar, "--sample", 4, "--classes", 3, 1, "--npz", "--generator", alone, "--seed", 2)
@@ -438,6 +448,10 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         (["--sample", "4", "--lr", "1", "--out", out], "--lr means nothing with --sample"),
         (["--data", "digits", "--device", "tpu"], "cpu, cuda or cuda:N"),
         (["--data", "digits", "--teacher", ""], "argument --teacher: is empty"),
+        (["--data", "digits", "--teacher", teacher, "--dropout", ".1"], "--dropout means nothing with"),
+        (["--data", "digits", "--cond", "--teacher", out / "generator.safetensors"], "generator, no teacher"),
+        (["--sample", "4", "--ode-steps", "2", "--teacher", out / "generator.safetensors"], "no teacher"),
+        (["--cond", "--teacher", teacher, "--teacher-kimg", "9"], "--teacher-kimg means nothing with"),
         (["--data", "digits", "--batch", "0"], "argument --batch: must be in [1, 1e9], got 0"),
         (["--data", "nowhere", "--t-star", "1.5"], "argument --t-star: must be in [0, 1], got 1.5"),
         (["--data", "nowhere", "--channel-mult", "1", "0"], "argument --channel-mult: must be in [1"),
@@ -463,6 +477,14 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
     ]
     monkeypatch.chdir(tmp_path)
     assert_refused(cifar, cases, out, monkeypatch, capfd)
+
+
+def test_a_teacher_of_other_classes_or_in_another_order_is_refused(finished):
+    teacher, real = finished[0] / "teacher.safetensors", load_images("digits")
+    assert load_teacher(teacher, real, True)[1]["label_dim"] == 10
+    for names in (real.classes[::-1], [f"digit {name}" for name in real.classes]):
+        with pytest.raises(fgm.InputError, match=r"has the classes \['0', '1', .* the data \['"):
+            load_teacher(teacher, real._replace(classes=names), True)
 
 
 def test_two_processes_equal_one(finished, tmp_path):
