@@ -268,14 +268,14 @@ def main():
                    "class_counts": class_counts}
     folder_run = run.folder_run(args, out)
     folder_run.fingerprint = {"data": args.data, "images": real.fingerprint(), "network": network,
-                              "teacher": args.teacher, "flip": args.flip, "gan": args.gan}
+                              "teacher": args.teacher, "flip": args.flip}
     if args.overwrite and not args.teacher and fgm.process_rank() == 0:
         (out / "teacher.safetensors").unlink(missing_ok=True)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
 
     # One distillation step now: what would stop it should not do so after the teacher's training.
-    fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=gan,
+    fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=copy.deepcopy(gan),
                 **settings | {"steps": 1, "compile": False})
 
     # The teacher, by ReFlow (3.6).
@@ -296,7 +296,7 @@ def main():
             return images.draw_images(sampler, n, shape, class_counts, device, args.seed, classes)[0]
 
     folder_run.picture = scores.pictures(out, real.pixels, teacher, draw, min(args.samples, 500))
-    folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher)}
+    folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher), "gan": args.gan}
     generator, distill_seconds = fgm.distill(
         teacher, generator, flow, shape, conditions=conditions, extra=gan, run=folder_run, **settings)
     description |= {"generator": generator.coefficients()}

@@ -222,10 +222,10 @@ class EDMVelocity(nn.Module):
         sigma = (t / (1 - t)).clamp(0.002, 80)
         time, variance = fgm.per_sample(t, x), self.sigma_data**2
         q = time**2 + variance * (1 - time) ** 2
-        output = self.net(x / q.sqrt(), sigma.log() / 4, features_only=features_only, **cond)
         if features_only:
-            return output
-        return x * (time - variance * (1 - time)) / q - self.sigma_data / q.sqrt() * output.to(x.dtype)
+            return self.net(x / q.sqrt(), sigma.log() / 4, features_only=True, **cond)
+        output = self.net(x / q.sqrt(), sigma.log() / 4, **cond).to(x.dtype)
+        return x * (time - variance * (1 - time)) / q - self.sigma_data / q.sqrt() * output
 
 
 def keep_features(velocity):
