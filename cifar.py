@@ -24,9 +24,10 @@ import torch
 
 import fgm
 from fgm import InputError
-from parts import flags, images, memory, run, scores, sizes
-from parts.edm import Block, EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
+from parts import edm, flags, images, memory, run, scores, sizes
+from parts.edm import EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from parts.flags import Setting
+from parts.gan import GAN
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -83,7 +84,12 @@ TEACHER_FLAGS = {
     **flags.TEACHER_FLAGS,
     "teacher_ema": Setting(float, fgm.RANGES["ema_decay"], "of the teacher's moving average", None, "DECAY"),
 }
-KIMG_FLAG = {"kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with")}
+METHOD_FLAGS = {
+    "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
+    "gan": Setting(float, fgm.POSITIVE, "a GAN on the training images, too: its weight in the generator's "
+                                        "loss, both per element, a fifth of that in the flow's (SD3: 0.01)",
+                   metavar="WEIGHT"),
+}
 SCORE_FLAGS = {
     "samples": Setting(int, "[2, 1e9]", "images that each score is measured on"),
     "fid": Setting(bool, None, "Inception FID by torch-fidelity against the training images; "
@@ -119,7 +125,7 @@ def arguments():
         "data": DATA_FLAGS,
         "run": OUT_FLAGS | flags.RUN_FLAGS | flags.PICTURE_FLAG,
         "teacher and network (EDM, arXiv 2206.00364; section 5.1)": TEACHER_FLAGS,
-        "distillation (Algorithm 1; section 5.1, appendix B.1)": KIMG_FLAG | flags.DISTILLATION_FLAGS,
+        "distillation (Algorithm 1; section 5.1, appendix B.1)": METHOD_FLAGS | flags.DISTILLATION_FLAGS,
         "scores": SCORE_FLAGS,
         "drawing samples from a finished run": SAMPLE_FLAGS,
     }
@@ -129,7 +135,8 @@ def arguments():
     meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device"]
     args = parser.parse_with(
         defaults, lambda args: always | ({"teacher": ["ode_steps"]} if args.sample else {}),
-        {"sample": meaningful, "generator": {*meaningful} - {"data", "cond", "ode_steps"}})
+        {"sample": meaningful, "generator": {*meaningful} - {"data", "cond", "ode_steps"},
+         "teacher": {action.dest for action in parser._actions} - TEACHER_FLAGS.keys()})
     if args.quick and args.paper:
         parser.error("--quick and --paper contradict each other: give one of them")
     if args.quick and args.data == "digits":
@@ -150,7 +157,7 @@ def out_folder(args):
 def draw_from_files(args, device):
     """--sample: images of a finished run, or of a network file alone."""
     out = out_folder(args)
-    sampler, network, class_counts = sampler_from_file(args, out, device)
+    sampler, network, class_counts, names = sampler_from_file(args, out, device)
     began = time.perf_counter()
     pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), class_counts,
                                         device, args.seed, args.classes, what="drawing")
@@ -163,13 +170,14 @@ def draw_from_files(args, device):
     if args.npz:
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # [N, C, R, R] -> [N, R, R, C]
         with run.atomically(f"{target}.npz") as temporary:
-            np.savez(temporary, images=arrays, labels=labels.numpy())
-    print(f"{len(pixels)} images in {seconds:.2f} s: {target}.png" + f", {target}.npz" * args.npz)
+            np.savez(temporary, images=arrays, labels=labels.numpy(), classes=names)
+    shown = " of " * bool(args.classes) + ", ".join(names[i] for i in args.classes or ())
+    print(f"{len(pixels)} images{shown} in {seconds:.2f} s: {target}.png" + f", {target}.npz" * args.npz)
 
 
 def sampler_from_file(args, out, device):
-    """(sampler, description of its network, class_counts) of out or file: its generator, or with --ode-steps
-    its teacher. A file from before class_counts were kept has all classes alike.
+    """(sampler, description of its network, class_counts, classes) of out or file: its generator, or with
+    --ode-steps its teacher.
     Raises InputError for a file that is missing or no generator, and for classes that it does not have."""
     if args.ode_steps:
         path = Path(args.teacher or out / "teacher.safetensors")
@@ -179,19 +187,17 @@ def sampler_from_file(args, out, device):
         raise InputError(f"{path} does not exist: the run has not finished, or --out names another folder")
     net, description = load_network(path)
     network = description["network"]
-    if not args.ode_steps and "generator" not in description:
-        raise InputError(f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
-    if args.classes and max(args.classes) >= (label_dim := network["label_dim"]):
-        possible = f"must lie in 0..{label_dim - 1}" if label_dim else "needs a conditional network"
-        raise InputError(f"--classes {possible}")
-    counts = description.get("class_counts", [1] * network["label_dim"])
-    if type(counts) is not list or len(counts) != network["label_dim"] or \
-            any(type(count) is not int or not 0 < count < 1e9 for count in counts):
-        raise InputError(f"{path} cannot be used: its class_counts are not one number for each class")
+    if ("generator" in description) == bool(args.ode_steps):
+        raise InputError(f"{path} is a one-step generator, no teacher" if args.ode_steps else
+                         f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
+    names, counts = description["classes"] if network["label_dim"] else [], description["class_counts"]
+    if args.classes and max(args.classes) >= len(names):
+        raise InputError(f"--classes must lie in 0..{len(names) - 1}" if names
+                         else "--classes needs a conditional network")
     net = net.to(device)
     if args.ode_steps:
-        return partial(fgm.sample_ode, net, steps=args.ode_steps), network, counts
-    return fgm.OneStepGenerator(net, **description["generator"]), network, counts
+        return partial(fgm.sample_ode, net, steps=args.ode_steps), network, counts, names
+    return fgm.OneStepGenerator(net, **description["generator"]), network, counts, names
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -251,20 +257,25 @@ def main():
     memory.settle_micro_batch(args, net, shape, label_dim)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
-        run.shard(module, [block for block in module.modules() if isinstance(block, Block)])
+        run.shard(module, [block for block in module.modules() if isinstance(block, edm.Block)])
     data, conditions = images.data_functions(real, label_dim, args.flip, device)
+    gan = None
+    if args.gan:
+        torch.manual_seed(args.seed)
+        gan = GAN(edm.keep_features(flow), data, args.t_flow, args.gan, 5 * args.gan).to(device)
+        run.shard(gan.head)
     description = {"network": network, "data": args.data, "classes": real.classes,
                    "class_counts": class_counts}
     folder_run = run.folder_run(args, out)
     folder_run.fingerprint = {"data": args.data, "images": real.fingerprint(), "network": network,
                               "teacher": args.teacher, "flip": args.flip}
-    if args.overwrite and fgm.process_rank() == 0:
-        (out / JUDGE).unlink(missing_ok=True)
+    if args.overwrite and not args.teacher and fgm.process_rank() == 0:
+        (out / "teacher.safetensors").unlink(missing_ok=True)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
 
     # One distillation step now: what would stop it should not do so after the teacher's training.
-    fgm.distill(teacher, generator, flow, shape, conditions=conditions,
+    fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=copy.deepcopy(gan),
                 **settings | {"steps": 1, "compile": False})
 
     # The teacher, by ReFlow (3.6).
@@ -285,9 +296,9 @@ def main():
             return images.draw_images(sampler, n, shape, class_counts, device, args.seed, classes)[0]
 
     folder_run.picture = scores.pictures(out, real.pixels, teacher, draw, min(args.samples, 500))
-    folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher)}
+    folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher), "gan": args.gan}
     generator, distill_seconds = fgm.distill(
-        teacher, generator, flow, shape, conditions=conditions, run=folder_run, **settings)
+        teacher, generator, flow, shape, conditions=conditions, extra=gan, run=folder_run, **settings)
     description |= {"generator": generator.coefficients()}
     run.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(description)})
 

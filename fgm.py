@@ -280,25 +280,21 @@ guided = Guided  # the former name
 # ------------------------------------------------------------------------------------------------------------
 
 
-def refuse_reentrant_checkpoints(loop):
-    """A training loop that raises InputError for networks with torch.utils.checkpoint(use_reentrant=True): no
-    gradients at an input, and without a word none at weights where the input needs none."""
-
-    @functools.wraps(loop)
-    def watched(*networks, **settings):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
-            try:
-                return loop(*networks, **settings)
-            except (RuntimeError, UserWarning) as error:
-                if "use_reentrant=True" not in str(error) and "have requires_grad=True" not in str(error):
-                    raise
-                raise InputError("a network's activation checkpointing needs use_reentrant=False") from error
-
-    return watched
+@contextmanager
+def refuse_reentrant_checkpoints():
+    """Around a training loop: InputError for networks with torch.utils.checkpoint(use_reentrant=True), which
+    have no gradients at an input, and without a word none at weights where the input needs none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
+        try:
+            yield
+        except (RuntimeError, UserWarning) as error:
+            if "use_reentrant=True" not in str(error) and "have requires_grad=True" not in str(error):
+                raise
+            raise InputError("a network's activation checkpointing needs use_reentrant=False") from error
 
 
-@refuse_reentrant_checkpoints
+@refuse_reentrant_checkpoints()
 def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9, 0.999), eps=1e-8,
                lr_warmup=0, lr_decay=0.0, clip=None, t_flow=(0.0, 2.0), ema_decay=0.999, seed=0,
                precision="auto", compile=False, run=None):
@@ -336,7 +332,7 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
     return net, run.seconds
 
 
-@refuse_reentrant_checkpoints
+@refuse_reentrant_checkpoints()
 def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, conditions=None, lr=2e-5,
             flow_lr=None, betas=(0.0, 0.999), eps=1e-8, lr_warmup=0, lr_decay=0.0, clip=None,
             t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), l1_weight=1.0, weight=None, loss_scale=1.0,

@@ -21,6 +21,7 @@ FGM draws t from are --t-flow and --t-generator):
     3-medium                4, the paper's      24, no, no
     3.5-medium              4.5, its card's     24, yes, in the first 13
     3.5-large               3.5, its card's     38, yes, no
+    turbo                   1: none, its card's
 """
 
 import argparse
@@ -41,7 +42,15 @@ from parts.flags import COUNT, Setting
 from parts.gan import GAN
 from parts.images import save_grid, save_samples
 from parts.mmdit import networks, print_memory
-from parts.prompts import Embeddings, described, digest_of, encode_prompts, find_prompts, free_memory
+from parts.prompts import (
+    Embeddings,
+    contents,
+    described,
+    digest_of,
+    encode_prompts,
+    find_prompts,
+    free_memory,
+)
 from parts.real import encode_images, load_real
 from parts.sizes import check_sizes
 
@@ -60,7 +69,7 @@ PAPER = dict(
 TINY = PAPER | dict(
     height=32, width=32, save_every=100, picture_every=100, kimg=3.2, batch=24, lr=2e-3, flow_lr=4e-3,
     lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=1.0, t_generator=(0.0, 2.0), samples=500)
-GUIDANCE = {"3.5-medium": 4.5, "3.5-large": 3.5}  # by what a model's name holds; see the table above
+GUIDANCE = {"turbo": 1.0, "3.5-medium": 4.5, "3.5-large": 3.5}  # by what a model's name holds; see above
 
 MODEL_FLAGS = {
     "model": Setting(str, None, "hub id, or folder of a StableDiffusion3Pipeline"),
@@ -77,8 +86,9 @@ RECIPE_FLAGS = {
                              "recompute activations in the backward pass (default: on a GPU)"),
 }
 METHOD_FLAGS = {
-    "lora": Setting(int, COUNT, "one base and two LoRA adapters, not three networks", metavar="RANK"),
-    "guidance": Setting(float, "[-1000, 1000]", "classifier-free guidance of the teacher"),
+    "lora": Setting(int, COUNT, "one base and two LoRA adapters, not three networks; lora.safetensors works "
+                                "with the scheduler of OUT/pipeline alone", metavar="RANK"),
+    "guidance": Setting(float, "[1, 1000]", "classifier-free guidance of the teacher; 1: none"),
     "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
 }
 GAN_FLAGS = {
@@ -91,18 +101,35 @@ SCORE_FLAGS = {
     "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
     "sample": Setting(str, None, "draw images of PROMPT from the run in OUT", metavar="PROMPT"),
     "n": Setting(int, "[1, 1e6]", "number of images for --sample"),
-    "ode_steps": Setting(int, COUNT, "draw from the teacher with K steps and guidance", metavar="K"),
+    "ode_steps": Setting(int, COUNT, "draw from the run's teacher with K steps and guidance", metavar="K"),
     "geneval": Setting(str, None, "draw 4 images per prompt into OUT/geneval, laid out for GenEval's scorer",
                        metavar="METADATA.jsonl"),
 }
 
 
 def defaults(given):
-    """The settings that are not given: the paper's, with the model's guidance, or the miniature's."""
+    """The settings that are not given: the paper's, with the model's guidance, or the miniature's; to draw
+    images, those of the run in OUT, unless another teacher is named."""
+    found = settings_of(given.out) if given.sample or given.geneval else {}
+    if found and given.model in (PAPER["model"], found["model"]):
+        return PAPER | found
     if is_miniature(given.model) and not given.paper:
         return TINY
     known = [scale for name, scale in GUIDANCE.items() if name in Path(given.model).name]
     return PAPER | {"guidance": known[0] if known else PAPER["guidance"]}
+
+
+def settings_of(out):
+    """Model, guidance and size of the run in out, {} without a config.json; InputError for a damaged one."""
+    path = Path(out) / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        settings = run.read_json(path)["settings"]
+        kinds = {"model": str, "guidance": float, "height": int, "width": int}
+        return {name: kind(settings[name]) for name, kind in kinds.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: it does not tell the run's model and size") from error
 
 
 def arguments():
@@ -150,15 +177,9 @@ def draw_from_run(args, device, dtype):
         source, steps, guidance = out / "pipeline", 1, 0
     if not source.is_dir():
         raise InputError(f"{source} does not exist: the run has not finished, or --out names another folder")
-    size = args.height, args.width
-    if not args.ode_steps and (out / "config.json").exists():
-        try:
-            settings = run.read_json(out / "config.json")["settings"]
-            size = (int(settings["height"]), int(settings["width"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{out}/config.json is damaged: it does not tell the images' size") from error
 
     def draw(prompts):
+        size = args.height, args.width
         return pipeline.draw(source, prompts, steps, guidance, size, device, dtype, args.seed, 4, "drawing")
 
     if args.geneval:
@@ -198,10 +219,16 @@ def make_gan(args, source, device, dtype, out):
     size, config = (args.height, args.width), source.config
     latents = encode_images(source.folder, source.paths, size, source.shape, out / "latents", device, dtype)
     embeddings = Embeddings(out / "captions", len(source.captions), device)
+
+    def real(seeds):
+        chosen = seeds % len(latents)
+        return latents(chosen)["latents"].float(), embeddings(chosen)
+
     width = config["num_attention_heads"] * config["attention_head_dim"]
     grid = [side // config["patch_size"] for side in source.shape[1:]]
-    gan = GAN(width, grid, latents, embeddings, args.t_flow, args.gan_generator, args.gan_discriminator)
-    run.shard(gan.to(device).head)
+    gan = GAN(width, real, args.t_flow, args.gan_generator, args.gan_discriminator, grid).to(device)
+    gan.content = digest_of([latents.names, source.captions])  # for the run's fingerprint
+    run.shard(gan.head)
     return gan
 
 
@@ -226,9 +253,9 @@ def make_run(args, source, teacher, embeddings, gan, device, bf16, out):
     folder_run.fingerprint = {
         "model": str(args.model), "lora": args.lora, "prompts": digest_of(prompts), "guidance": args.guidance,
         "height": args.height, "width": args.width, "real": args.real,
-        "real_content": gan and digest_of([gan.real.names, source.captions]),
+        "real_content": gan and gan.content,
         "gan": [args.gan_generator, args.gan_discriminator],
-        "teacher_weights": run.fingerprint_of(teacher.net)}
+        "teacher_weights": contents(source.folder, "transformer/*")}
     return folder_run
 
 
@@ -243,7 +270,7 @@ def score(args, source, embeddings, device, dtype, out):
         "one step": (out / "pipeline", 1, 0)}
     rows, drawn, prompts, miniature = {}, {}, source.prompts, is_miniature(source.folder)
     text = (lambda indices: embeddings(indices % len(prompts))), embeddings.null
-    seeds, batch = range(args.seed, args.seed + args.samples), 50 if miniature else 4
+    seeds, batch = [args.seed * 2**32 + i for i in range(args.samples)], 50 if miniature else 4
     for name, (folder, steps, guidance) in samplers.items():
         size, what = (args.height, args.width), f"scoring: {name}"
         latents, seconds = pipeline.draw_latents(
@@ -313,7 +340,7 @@ def main():
 
     # The files, and the scores.
     run.save_weights(generator.net, out / "generator.safetensors")
-    pipeline.export(source.folder, generator, args.lora, dtype, out)
+    pipeline.export(source.folder, generator, args.lora, dtype, out, source.shape)
     coefficients = generator.coefficients()
     del teacher, flow, net, generator, gan  # the device is for the pipelines now
     free_memory()

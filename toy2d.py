@@ -113,7 +113,7 @@ DEFAULTS = dict(
     teacher_steps=3000, teacher_lr=4e-3, teacher_t=(0.0, 1.2), steps=5000, batch=768, lr=1e-3, flow_lr=4e-3,
     lr_warmup=100, lr_decay=2 / 3, clip=1.0, ema=0.998, t_star=0.5, c_in=1.0, c_skip=1.0, l1_weight=1.0,
     weight="noise", t_generator=(0.5, 2.0), t_flow=(0.5, 2.0), loss_scale=1.0, flow_updates=1,
-    samples=50_000, save_every=1000, log_every=100, picture_every=500,
+    samples=50_000, save_every=1000, log_every=100, picture_every=500, device="cpu",
 )
 FLAGS = {
     "data": Setting(str, [*DATA, "all"], "what the teacher learns; all: each in turn, in OUT/DATA"),
@@ -124,6 +124,7 @@ FLAGS = {
     "samples": Setting(int, "[2, 1e6]", "samples that each distance is measured on"),
     "movie": Setting(bool, None, "write movie.gif, the generator's samples over training"),
 }
+DEVICE_FLAG = {"device": Setting(str, None, "cpu or cuda, which is no faster: a step is 540 small kernels")}
 ODE_STEPS = (1, 2, 5, 10, 50)
 HEUN_STEPS = 25  # 49 evaluations
 
@@ -134,7 +135,7 @@ def arguments():
     flags.add_flags(parser.add_argument, FLAGS)
     group = parser.add_argument_group("distillation (Algorithm 1)")
     flags.add_flags(group.add_argument, flags.DISTILLATION_FLAGS)
-    flags.add_flags(parser.add_argument_group("run").add_argument, flags.RUN_FLAGS)
+    flags.add_flags(parser.add_argument_group("run").add_argument, flags.RUN_FLAGS | DEVICE_FLAG)
     return parser.parse_with(lambda given: DEFAULTS | {"data": "8gaussians"})
 
 

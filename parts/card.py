@@ -49,6 +49,7 @@ def write_card(folder, settings, generator, prompts, rows, out):
 {CALL.format(**settings)}
 
 - t* = {t_star}, the scheduler's only sigma; c_in = {c_in}, in the weights of the patch embedding.
+- Needs diffusers 0.33 or newer: 0.31 and older pass over the scheduler's sigma without a word.
 - Trained on the velocities of {model} for {prompts} prompts, and on {images}: {settings['kimg']:g} thousand
   samples of {size} pixels; {', '.join(given)}.
 

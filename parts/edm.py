@@ -106,8 +106,9 @@ class EDMUNet(nn.Module):
 
     forward(x, noise_labels, class_labels=None, augment_labels=None): x [B, in_channels, R, R]; noise_labels
     [B], the time t when the network is a velocity; class_labels [B, label_dim], one-hot; augment_labels
-    [B, augment_dim] or None. Returns [B, out_channels, R, R]. Raises InputError for a shape that does not
-    fit, or missing class labels."""
+    [B, augment_dim] or None. Returns [B, out_channels, R, R], or with features_only the end of the encoder,
+    [B, feature_width, r, r]; keep_features leaves that of the last whole pass in .features. Raises InputError
+    for a shape that does not fit, or missing class labels."""
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
                  model_channels=128, channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4,
@@ -116,6 +117,7 @@ class EDMUNet(nn.Module):
         if img_resolution % 2 ** (len(channel_mult) - 1):
             raise InputError(f"resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times")
         self.input_shape, self.label_dim = (in_channels, img_resolution, img_resolution), label_dim
+        self.keep_features, self.features, self.t = False, None, None
         embedding = model_channels * channel_mult_emb
         shared = dict(embedding=embedding, dropout=dropout)
         half = model_channels // 2
@@ -142,6 +144,7 @@ class EDMUNet(nn.Module):
                 width = model_channels * mult
                 widths.append(width)
 
+        self.feature_width = width
         self.dec = nn.ModuleDict()
         for level, mult in reversed(list(enumerate(channel_mult))):
             size = img_resolution >> level
@@ -158,7 +161,7 @@ class EDMUNet(nn.Module):
         self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(width)
         self.dec[f"{size}x{size}_aux_conv"] = Conv(width, out_channels, 3, gain=1e-5)
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, features_only=False):
         if x.shape[1:] != self.input_shape:
             expected = list(self.input_shape)
             raise InputError(f"the network takes images of shape {expected}, got {list(x.shape[1:])}")
@@ -178,6 +181,10 @@ class EDMUNet(nn.Module):
         for block in self.enc.values():
             x = block(x, embedding) if isinstance(block, Block) else block(x)
             skips.append(x)
+        if features_only:
+            return x
+        if self.keep_features:
+            self.features, self.t = x, noise_labels
         for name, block in self.dec.items():
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], 1)
@@ -186,6 +193,9 @@ class EDMUNet(nn.Module):
             else:
                 x = block(x, embedding) if isinstance(block, Block) else block(x)
         return x
+
+    def features_of(self, x, t, **cond):
+        return self(x, t, features_only=True, **cond)
 
 
 class EDMVelocity(nn.Module):
@@ -204,12 +214,25 @@ class EDMVelocity(nn.Module):
         super().__init__()
         self.net, self.sigma_data = net, sigma_data
 
-    def forward(self, x, t, **cond):
+    features = property(lambda self: self.net.features)
+    features_of = EDMUNet.features_of
+
+    def forward(self, x, t, features_only=False, **cond):
+        self.t = t
         sigma = (t / (1 - t)).clamp(0.002, 80)
         time, variance = fgm.per_sample(t, x), self.sigma_data**2
         q = time**2 + variance * (1 - time) ** 2
+        if features_only:
+            return self.net(x / q.sqrt(), sigma.log() / 4, features_only=True, **cond)
         output = self.net(x / q.sqrt(), sigma.log() / 4, **cond).to(x.dtype)
         return x * (time - variance * (1 - time)) / q - self.sigma_data / q.sqrt() * output
+
+
+def keep_features(velocity):
+    """From now on a velocity network keeps .features and .t of its last pass. Returns the features' width."""
+    net = velocity.net if isinstance(velocity, EDMVelocity) else velocity
+    net.keep_features = True
+    return net.feature_width
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -386,18 +409,28 @@ def load_network(path):
         if {part.get_dtype() for part in slices.values()} - {"F64", "F32", "F16", "BF16"}:
             raise InputError("its weights are no floating-point numbers")
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        return build_with_weights(description["network"], shapes, file.get_tensor), description
+        net = build_with_weights(description["network"], shapes, file.get_tensor)
+        names, label_dim = description["classes"], description["network"]["label_dim"]
+        counts = description.setdefault("class_counts", [1] * label_dim)  # older files: all classes alike
+        right = type(names) is type(counts) is list and len(counts) == label_dim in (0, len(names))
+        if not right or any(type(name) is not str for name in names) or \
+                any(type(count) is not int or not 0 < count < 1e9 for count in counts):
+            raise InputError("its classes and class_counts are not a name and a number for each class")
+        return net, description
 
 
 def load_teacher(path, images, cond):
     """A teacher and its description, from our safetensors or an EDM pickle.
 
-    Raises InputError if it does not fit the images or the conditioning."""
+    Raises InputError if it does not fit the images, the conditioning or, where it names them, the classes."""
     if str(path).endswith(".pkl"):
         net, network = read_edm(path)
+        names = images.classes  # a pickle has none
     else:
         net, description = load_network(path)
-        network = description["network"]
+        if "generator" in description:
+            raise InputError(f"{path} is a one-step generator, no teacher")
+        network, names = description["network"], description["classes"]
     shape, data_shape = list(image_shape(network)), list(images.pixels.shape[1:])
     if shape != data_shape:
         raise InputError(f"{path} makes images of shape {shape}, the data has {data_shape}")
@@ -406,4 +439,7 @@ def load_teacher(path, images, cond):
         held = f"conditional on {label_dim} classes" if label_dim else "unconditional"
         wanted = f"conditional on {classes} classes (--cond)" if cond else "unconditional (no --cond)"
         raise InputError(f"{path} is {held}, asked for is {wanted}")
+    if cond and names != images.classes:
+        raise InputError(f"{path} has the classes {ascii(names)[:200]}, in this order, the data "
+                         f"{ascii(images.classes)[:200]}")
     return net, network

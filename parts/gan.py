@@ -1,4 +1,6 @@
-"""The GAN of appendix B.2, optional: a head on the online flow's features tells real from generated."""
+"""The GAN of appendix B.2, optional: a head on the online flow's features tells real from generated data."""
+
+import math
 
 import torch
 from torch import nn
@@ -11,36 +13,37 @@ FOR_NOISE, FOR_T = 1, 2  # what is drawn from a seed that also chooses the condi
 
 
 class GAN(nn.Module):
-    """A light convolutional head on the online flow's block-2 hidden states tells noised real latents from
-    noised generated ones (appendix B.2).
+    """A light convolutional head on hidden states of the online flow tells noised real data from noised
+    generated ones (appendix B.2, there latents and block 2 of SD3's transformer).
 
     t is drawn from the flow's own, low-noise distribution. In the flow's update the features of generated
-    latents are those of the pass that the flow loss has just made; the real ones, and the generator's, leave
-    the network after block 2. The paper states no reduction; the weights 1e-2 and 5e-2 are taken per element,
-    as arXiv 2405.14867, which it follows, averages both losses:
+    data are those of the pass that the flow loss has just made, flow.features at flow.t; those of real data,
+    and the generator's, are flow.features_of(x, t, **cond). The paper states no reduction; the weights 1e-2
+    and 5e-2 are taken per element, as arXiv 2405.14867, which it follows, averages both losses:
 
-        FGM / D + weight * GAN   is, D times,   FGM + D * weight * GAN,   D = 16 H W numbers in a latent.
+        FGM / D + weight * GAN   is, D times,   FGM + D * weight * GAN,   D numbers in a sample.
 
     Our losses are sums over the D dimensions, hence the factor D here. Each number of x0 then feels both with
     a strength that does not depend on the size; summed over the logits instead (1 / 256 of D at SD3's patch
-    size), the GAN's gradient at x0 would be about a thousandth of L2's. real: Rows of latents [16, H, W];
-    embeddings: of their captions; grid: (H / 2, W / 2), the network's tokens."""
+    size), the GAN's gradient at x0 would be about a thousandth of L2's. real(seeds) -> (x0 [B, ...], cond):
+    the real data that int64 seeds [B] choose. Features are maps [B, width, h, w], or tokens [B, h w, width]
+    of a grid (h, w)."""
 
-    def __init__(self, width, grid, real, embeddings, t_gan, generator_weight=1e-2,
-                 discriminator_weight=5e-2):
+    def __init__(self, width, real, t_gan, generator_weight=1e-2, discriminator_weight=5e-2, grid=None):
         super().__init__()
         inner = min(width, 256)
+        groups = math.gcd(8, inner)
         self.head = nn.Sequential(
-            nn.Conv2d(width, inner, 3, padding=1), nn.GroupNorm(8, inner), nn.SiLU(),
-            nn.Conv2d(inner, inner, 3, stride=2, padding=1), nn.GroupNorm(8, inner), nn.SiLU(),
+            nn.Conv2d(width, inner, 3, padding=1), nn.GroupNorm(groups, inner), nn.SiLU(),
+            nn.Conv2d(inner, inner, 3, stride=2, padding=1), nn.GroupNorm(groups, inner), nn.SiLU(),
             nn.Conv2d(inner, 1, 3, padding=1))
-        self.grid, self.real, self.embeddings, self.t_gan = grid, real, embeddings, t_gan
+        self.grid, self.real, self.t_gan = grid, real, t_gan
         self.weights = generator_weight, discriminator_weight
 
     def logit(self, features):
-        b, _, d = features.shape
-        maps = features.mT.reshape(b, d, *self.grid).float()  # [B, HW/4, D] -> [B, D, H/2, W/2]
-        return self.head(maps).mean((1, 2, 3))  # [B, 1, H/4, W/4] -> [B]
+        if self.grid:
+            features = features.mT.unflatten(2, self.grid)  # [B, h w, D] -> [B, D, h, w]
+        return self.head(features.float()).mean((1, 2, 3))  # [B, 1, h / 2, w / 2] -> [B]
 
     def features(self, flow, x0, t, seeds, cond):
         """Hidden states of x0, noised to t with noise that seeds choose."""
@@ -48,9 +51,8 @@ class GAN(nn.Module):
         return flow.features_of(fgm.interpolate(x0, noise, t), t, **cond)
 
     def flow_loss(self, flow, x0, seeds, cond):
-        chosen = seeds % len(self.real)
-        latents = self.real(chosen)["latents"].float()
-        real = self.features(flow, latents, flow.t, seeds, self.embeddings(chosen))
+        data, data_cond = self.real(seeds)
+        real = self.features(flow, data, flow.t, seeds, data_cond)
         loss = F.softplus(self.logit(flow.features)) + F.softplus(-self.logit(real))
         return x0[0].numel() * self.weights[1] * loss
 

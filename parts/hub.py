@@ -6,6 +6,7 @@ from pathlib import Path
 from fgm import InputError
 from parts.files import reason
 from parts.pipeline import COMPONENTS, check_kind, check_pipeline
+from parts.run import read_json
 
 
 def model_folder(model):
@@ -14,6 +15,9 @@ def model_folder(model):
     Raises InputError if it cannot be had or is not a whole SD3 flow-matching pipeline."""
     if Path(model).is_dir():
         check_pipeline(Path(model), model)
+        scheduler = read_json(Path(model) / "scheduler" / "scheduler_config.json")
+        if scheduler.get("sigma_max") is not None and scheduler["sigma_max"] == scheduler.get("sigma_min"):
+            raise InputError(f"{model} makes one step: as --model name the one that it was distilled from")
         return Path(model)
     return in_the_cache(model) or download(model)
 

@@ -36,7 +36,7 @@ def to_uint8(x):
 
 
 def read_image(path):
-    """A PIL image in RGB, whatever the mode of the file, turned as its EXIF data say.
+    """A PIL image in RGB, on white where transparent, whatever the file's mode, turned as its EXIF data say.
 
     Raises InputError, naming it, if it cannot be read, is no regular file (a pipe would be waited for) or
     holds several pictures."""
@@ -49,7 +49,11 @@ def read_image(path):
             # A photograph in MPO format holds itself and previews.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             image = ImageOps.exif_transpose(image)
-            image = eight_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
+            if image.mode[0] in "IF":
+                image = eight_bits(image)
+            elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("RGB")
     except Exception as error:  # the decoders raise what they like
         raise InputError(f"cannot read the image {path} ({error}); fix or remove it") from error
     if frames > 1:
@@ -67,6 +71,8 @@ def eight_bits(image):
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):  # nor if one is NaN
         raise ValueError(f"its values {low:g}..{high:g} are not in 0..{top}")
+    if top > 1 and 0 < high < 256:
+        raise ValueError(f"its values {low:g}..{high:g} are of 8 bits, in a file of 16 that is all but black")
     return Image.fromarray(np.rint(values / (top / 255)).astype(np.uint8)).convert("RGB")
 
 
@@ -111,7 +117,7 @@ def save_samples(out, drawn):
 # Data sets
 # ------------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
 class Images(NamedTuple):
@@ -134,10 +140,10 @@ def load_images(data, resolution=None, cond=False):
     """The training images of "cifar10" (downloaded on first use), "digits" (scikit-learn's, no network),
     or a folder with one sub-folder per class. Returns Images.
 
-    Folders: greyscale, palette and alpha become RGB. resolution: CIFAR-10 is shrunk to it, images of a folder
-    are cropped to their central square and resized. Raises InputError, naming the file, for images that
-    cannot be read or, without resolution, are not all of one square size; and for data sets that cannot be
-    had."""
+    Folders: greyscale and palette become RGB, what is transparent white. resolution: CIFAR-10 is shrunk to
+    it, images of a folder are cropped to their central square and resized. Raises InputError, naming the
+    file, for images that cannot be read or, without resolution, are not all of one square size; and for data
+    sets that cannot be had."""
     if data == "digits":
         values, labels = digits()
         pixels = (values * 255 / 16).round().to(torch.uint8)[:, None]  # [N, 8, 8] -> [N, 1, 8, 8]
@@ -199,11 +205,14 @@ def refuse_link_out(path, folder):
 def image_files(folder, suffixes=IMAGE_SUFFIXES):
     """The image files at any depth in a folder, sorted; none that is hidden or in a hidden folder.
 
-    Raises InputError for a link out of the folder."""
+    Files of other kinds are counted aloud. Raises InputError for a link out of the folder."""
     paths = [path.relative_to(folder) for path in folder.rglob("*")]
     paths = [folder / path for path in sorted(paths) if not any(part[0] == "." for part in path.parts)]
     for path in paths:
         refuse_link_out(path, folder)
+    others = [path for path in paths if path.suffix.lower() not in suffixes and path.is_file()]
+    if others and process_rank() == 0:
+        print(f"{len(others)} files in {folder} are of other kinds and left out, {others[0]} the first")
     return [path for path in paths if path.suffix.lower() in suffixes]
 
 
@@ -226,6 +235,8 @@ def image_folder(root, resolution):
         raise InputError(f"{root} has no sub-folders; it needs one a class, with the images inside")
     check_memory(f"--resolution {resolution}", 3 * (resolution or 1) ** 2 * sum(map(len, files.values())))
     labelled = [(label, path) for label, name in enumerate(classes) for path in files[name]]
+    if process_rank() == 0:
+        print(f"{len(labelled):,} images of {len(classes)} classes in {root}: {', '.join(classes)}"[:500])
     pixels, labels = [], []
     with bar(f"reading {root}", len(labelled)) as shown:
         for label, path in labelled:

@@ -66,7 +66,8 @@ def settle_micro_batch(args, net, shape, label_dim):
     net: the U-Net, not sharded. A collective call."""
     device = next(net.parameters()).device
     bf16, available = fgm.wants_bf16(args.precision, device), free_bytes(device)
-    graphs = 2 if args.l1_weight == 1 or args.two_graphs else 3  # the generator's; the teacher's and flow's
+    # The generator's; the teacher's and the flow's, or, for a GAN, the flow's and that of its features.
+    graphs = 2 if (args.l1_weight == 1 or args.two_graphs) and not args.gan else 3
     needs = 4 * sum(p.numel() for p in net.parameters()), kept_per_image(net, shape, label_dim, bf16), bf16
     settings = dict(graphs=graphs, ema=args.ema is not None)
     if args.micro_batch is None:

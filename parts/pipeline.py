@@ -128,13 +128,13 @@ def merge_lora(weights, generator):
     return weights, lora, {"t_star": str(generator.t_star), "lora_adapter_metadata": adapter}
 
 
-def export(folder, generator, lora_rank, dtype, out):
+def export(folder, generator, lora_rank, dtype, out, shape=None):
     """Write OUT/pipeline, which StableDiffusion3Pipeline runs in one step, and for LoRA OUT/lora.safetensors.
 
     c_in is folded into the weight of the patch embedding, whose input is c_in z; the scheduler's only sigma
     is t_star = c_out: z + (0 - t_star) net(c_in z, t_star) is eq. (B.1) with c_skip 1. folder: of the source
-    pipeline, of which the other components are copied; dtype: of the weights in the file. A collective call.
-    Raises InputError, the pipeline before untouched, if there is no space."""
+    pipeline, of which the other components are copied; dtype: of the weights in the file; shape: of a latent.
+    A collective call. Raises InputError, the pipeline before untouched, if there is no space."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     velocity = generator.net.shared[0] if lora_rank else generator.net
@@ -148,6 +148,8 @@ def export(folder, generator, lora_rank, dtype, out):
 
     transformer = prompts.described(folder, "transformer")
     transformer.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
+    if shape and shape[1] == shape[2]:  # what diffusers draws where no size is given
+        transformer.register_to_config(sample_size=shape[1])
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_exponential_sigmas=True)
     scheduler.register_to_config(sigma_max=generator.t_star, sigma_min=generator.t_star)
     with atomically(out / "pipeline") as temporary, bar(f"writing {out / 'pipeline'}"):
@@ -177,11 +179,12 @@ def copy_source(folder, target):
 def draw(folder, texts, steps, guidance, size, device, dtype, seed=0, batch=50, what=None):
     """A uint8 image [3, H, W] for each text, one after the other, by the pipeline in a folder; size = (H, W).
 
-    Text encoders, transformer and VAE are on the device in turn. Image i depends on (seed + i, its text)
+    Text encoders, transformer and VAE are on the device in turn. Image i depends on (seed, i, its text)
     alone. what: the title of progress bars. Raises InputError if the pipeline cannot be loaded."""
     check_pipeline(Path(folder), folder)
-    encoded, noise = prompts.encoded(folder, texts, device, dtype), range(seed, seed + len(texts))
-    latents, _ = draw_latents(folder, *encoded, noise, steps, guidance, size, device, dtype, batch, what)
+    seeds = [seed * 2**32 + i for i in range(len(texts))]
+    encoded = prompts.encoded(folder, texts, device, dtype)
+    latents, _ = draw_latents(folder, *encoded, seeds, steps, guidance, size, device, dtype, batch, what)
     return decode(folder, latents, device, dtype, what)
 
 
@@ -278,7 +281,10 @@ def geneval(metadata, target, draw):
     lines = prompts.read_json_lines(metadata, pick, 'a JSON object with a "prompt"')
     if not lines:
         raise InputError(f"{metadata} holds no prompts")
-    for i, image in enumerate(draw([prompt for _, prompt in lines for _ in range(4)])):
+    images = draw([prompt for _, prompt in lines for _ in range(4)])
+    for old in target.glob("[0-9]" * 5):  # the scorer takes every folder that it finds
+        shutil.rmtree(old)
+    for i, image in enumerate(images):
         folder = open_folder(target / f"{i // 4:05d}")
         samples = open_folder(folder / "samples")
         if i % 4 == 0:

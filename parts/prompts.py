@@ -57,8 +57,11 @@ def read_json_lines(path, pick, wanted):
 def read_prompts(path):
     """The prompts of a text file, one per line, or of a JSON-lines file with a "prompt" or "text" in each.
 
-    Raises InputError if there are none."""
-    if Path(path).suffix in (".jsonl", ".json"):
+    Raises InputError if there are none, and for tables: their lines would be prompts, commas and all."""
+    suffix = Path(path).suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        raise InputError(f"{path} is a table: give a text with one prompt a line, or JSON lines (.jsonl)")
+    if suffix in (".jsonl", ".json", ".ndjson"):
         wanted = '{"prompt": ...}'
         prompts = read_json_lines(path, lambda line: text_of(line.get("prompt") or line["text"]), wanted)
     else:

@@ -12,9 +12,9 @@ import fgm
 from fgm import InputError
 from parts import prompts
 from parts.files import file_digest, open_folder
-from parts.images import channels_first, image_files, read_image, to_float
+from parts.images import IMAGE_SUFFIXES, channels_first, image_files, read_image, to_float
 
-IMAGES, TEXTS, TABLES = (".png", ".jpg", ".jpeg", ".webp"), (".txt", ".caption"), (".jsonl", ".csv")
+TEXTS, TABLES = (".txt", ".caption"), (".jsonl", ".csv")
 
 
 def load_real(folder):
@@ -25,10 +25,10 @@ def load_real(folder):
     empty prompt, and is counted aloud. Raises InputError, naming the file, for links out of the folder and
     bad tables; and if no image has a caption."""
     folder = Path(folder)
-    files = image_files(folder, (*IMAGES, *TEXTS, *TABLES))
-    paths = [path for path in files if path.suffix.lower() in IMAGES]
+    files = image_files(folder, (*IMAGE_SUFFIXES, *TEXTS, *TABLES))
+    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        raise InputError(f"--real {folder} holds no images (png, jpg, webp)")
+        raise InputError(f"--real {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     beside = {key_of(path.with_suffix(""), folder): path for path in files
               if path.suffix.lower() in TEXTS and path.is_file()}
     tables = {}

@@ -221,14 +221,18 @@ class FolderRun(fgm.Run):
     """A run in the folder out, which it locks: log.jsonl, checkpoints/, pictures, progress bar. See fgm.Run.
 
     resume: "same" goes on with what is there if its settings are ours, and raises InputError otherwise; "any"
-    goes on whatever changed; "no" removes the checkpoints of all phases now. fingerprint: further settings
-    that a resumed run must share. picture(step, generator), if given, is called every picture_every steps
-    and at the end of a distillation, with the averaged weights in place and without gradients; a dict of
-    numbers that it returns goes into the log. The others wait for the first process then, however long it
+    goes on whatever changed; "no" removes RESULTS and the checkpoints of all phases now. fingerprint: further
+    settings that a resumed run must share. picture(step, generator), if given, is called every picture_every
+    steps and at the end of a distillation, with the averaged weights in place and without gradients; a dict
+    of numbers that it returns goes into the log. The others wait for the first process then, however long it
     scores. progress.png is drawn then, unless it was a moment ago."""
 
     PHASES = ("teacher", "distill")
     T_BINS = 10
+    RESULTS = (
+        "generator.safetensors", "lora.safetensors", "judge.safetensors", "pipeline/model_index.json",
+        "metrics.json", "config.json", "log.jsonl", "progress.png", "samples.png", "one-step.png",
+        "teacher-*-step*.png", "distill-???????.png", "movie/?????????.png", "movie.gif")
     locks = {}  # {folder: the open file that is locked}, of this process
 
     def __init__(self, out, resume="same", save_every=1000, log_every=100, picture_every=None, picture=None,
@@ -277,8 +281,8 @@ class FolderRun(fgm.Run):
         if self.resume == "no":
             for old in [path for phase in self.PHASES for path in checkpoint.checkpoints(self.folder, phase)]:
                 shutil.rmtree(old)
-            for name in ("generator.safetensors", "metrics.json", "log.jsonl", "progress.png"):
-                (self.out / name).unlink(missing_ok=True)
+            for old in [path for name in self.RESULTS for path in self.out.glob(name)]:
+                old.unlink()
 
     @classmethod
     def unlock(cls):

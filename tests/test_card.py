@@ -27,7 +27,8 @@ def test_card_of_a_model_with_a_licence(tmp_path):
         "license_name": "some-terms", "license_link": "LICENSE.md", "base_model": "owner/some-model"}
     expected = (
         "# some-model in one step", "t* = 0.97", "8192 prompts", "1920 thousand", "height=1024, width=768",
-        "num_inference_steps=1", "| one step | 0.5 | 0.0125 |", "no images", "guidance 4.0")
+        "num_inference_steps=1", "| one step | 0.5 | 0.0125 |", "no images", "guidance 4.0",
+        "diffusers 0.33")
     for text in expected:
         assert text in found.text, text
     assert "lora" not in found.text

@@ -25,8 +25,19 @@ from torch._subclasses import FakeTensorMode
 import cifar
 import fgm
 from parts import progress, run
-from parts.edm import Conv, EDMUNet, EDMVelocity, GroupNorm, load_edm, load_network
+from parts.edm import (
+    Conv,
+    EDMUNet,
+    EDMVelocity,
+    GroupNorm,
+    keep_features,
+    load_edm,
+    load_network,
+    load_teacher,
+)
+from parts.gan import GAN
 from parts.images import draw_images, load_images
+from parts.run import noise_from
 from parts.scores import pixel_frechet
 
 SMALL = [
@@ -91,6 +102,45 @@ def test_network_compiles_without_graph_breaks():
     x, t, labels = torch.randn(2, 1, 8, 8), torch.rand(2), torch.eye(10)[:2]
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, t, labels), net(x, t, labels))
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_gan_on_images_against_plain_mathematics(published):
+    """The head sees the encoder's end at the t of the flow's pass; gradients reach x0 by all paths."""
+    net = small_net(label_dim=10)
+    flow, block = EDMVelocity(net) if published else net, net.enc["4x4_block0"]
+    torch.manual_seed(2)
+    real, one_hot, seeds = torch.randn(5, 1, 8, 8), torch.eye(10), torch.tensor([7, 11])
+
+    def data(seeds):
+        return real[seeds % 5], {"class_labels": one_hot[seeds % 5]}
+
+    gan = GAN(keep_features(flow), data, (-1.0, 2.0), 0.5, 0.25)
+    x0, noise = torch.randn(2, 1, 8, 8, requires_grad=True), torch.randn(2, 1, 8, 8)
+    t, cond = torch.tensor([0.1, 0.4]), {"class_labels": one_hot[[3, 4]]}
+
+    def logit(x, noise, t, cond):
+        seen, t = [], t[:, None, None, None]
+        hook = block.register_forward_hook(lambda block, inputs, output: seen.append(output))
+        flow((1 - t) * x + t * noise, t.flatten(), **cond)
+        hook.remove()
+        return gan.head(seen[0]).mean((1, 2, 3))
+
+    fgm.reflow_loss(flow, x0.detach(), noise, t, **cond)
+    found = gan.flow_loss(flow, x0.detach(), seeds, cond)
+    drawn = noise_from(seeds ^ 1, (1, 8, 8), "cpu")
+    fake_logit = logit(x0.detach(), noise, t, cond)
+    real_logit = logit(real[[2, 1]], drawn, t, {"class_labels": one_hot[[2, 1]]})
+    expected = -64 * 0.25 * (torch.log(torch.sigmoid(-fake_logit)) + torch.log(torch.sigmoid(real_logit)))
+    torch.testing.assert_close(found, expected)
+
+    found = gan.generator_loss(flow, x0, seeds, cond)
+    t = torch.sigmoid(-1 + 2 * noise_from(seeds ^ 2, (1,), "cpu")[:, 0])
+    expected = -64 * 0.5 * torch.log(torch.sigmoid(logit(x0, drawn, t, cond)))
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(loss.sum(), x0)[0] for loss in (found, expected))
+    assert ours.norm() > 0
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_network_names_what_does_not_fit():
@@ -366,6 +416,7 @@ def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     of_run = np.load(out / "samples-one-step.npz")
     assert of_run["images"].shape == (6, 8, 8, 1) and of_run["labels"].tolist() == [3, 1] * 3
+    assert of_run["classes"].tolist() == [str(i) for i in range(10)] and "6 images of 3, 1 in" in done.stdout
     alone = tmp_path / "mine.safetensors"
     alone.write_bytes((out / "generator.safetensors").read_bytes())
     done = drive_here(cifar, "--sample", 4, "--classes", 3, 1, "--npz", "--generator", alone, "--seed", 2)
@@ -397,6 +448,10 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         (["--sample", "4", "--lr", "1", "--out", out], "--lr means nothing with --sample"),
         (["--data", "digits", "--device", "tpu"], "cpu, cuda or cuda:N"),
         (["--data", "digits", "--teacher", ""], "argument --teacher: is empty"),
+        (["--data", "digits", "--teacher", teacher, "--dropout", ".1"], "--dropout means nothing with"),
+        (["--data", "digits", "--cond", "--teacher", out / "generator.safetensors"], "generator, no teacher"),
+        (["--sample", "4", "--ode-steps", "2", "--teacher", out / "generator.safetensors"], "no teacher"),
+        (["--cond", "--teacher", teacher, "--teacher-kimg", "9"], "--teacher-kimg means nothing with"),
         (["--data", "digits", "--batch", "0"], "argument --batch: must be in [1, 1e9], got 0"),
         (["--data", "nowhere", "--t-star", "1.5"], "argument --t-star: must be in [0, 1], got 1.5"),
         (["--data", "nowhere", "--channel-mult", "1", "0"], "argument --channel-mult: must be in [1"),
@@ -407,6 +462,8 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         (["--colour"], "unrecognized arguments"),
         (["--quick", "--paper"], "--quick and --paper contradict each other"),
         (["--quick", "--data", "digits"], "--quick is for photographs"),
+        (["--data", "digits", "--gan", "0"], "argument --gan: must be in (0, 1e9], got 0"),
+        (["--sample", "4", "--gan", "1", "--out", out], "--gan means nothing with --sample"),
         (["--quick", "--sample", "4", "--out", out], "--quick means nothing with --sample"),
         (["--sample", "4", "--teacher", teacher, "--out", out], "nothing without --ode-steps"),
         (["--sample", "4", "--generator", teacher, "--data", "digits"], "--data means nothing with"),
@@ -420,6 +477,14 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
     ]
     monkeypatch.chdir(tmp_path)
     assert_refused(cifar, cases, out, monkeypatch, capfd)
+
+
+def test_a_teacher_of_other_classes_or_in_another_order_is_refused(finished):
+    teacher, real = finished[0] / "teacher.safetensors", load_images("digits")
+    assert load_teacher(teacher, real, True)[1]["label_dim"] == 10
+    for names in (real.classes[::-1], [f"digit {name}" for name in real.classes]):
+        with pytest.raises(fgm.InputError, match=r"has the classes \['0', '1', .* the data \['"):
+            load_teacher(teacher, real._replace(classes=names), True)
 
 
 def test_two_processes_equal_one(finished, tmp_path):
@@ -439,7 +504,7 @@ def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(value).save(path)
     line = ["--quick", "--cond", "--data", data, "--out", out, "--device", "cpu", "--model-channels", "8",
-            "--channel-mult", "1",
+            "--channel-mult", "1", "--gan", "0.01",
             "--teacher-kimg", ".008", "--kimg", ".008", "--batch", "4", "--samples", "20", "--attention"]
     done = drive_here(cifar, *line)
     assert done.returncode == 0, done.stderr
@@ -448,6 +513,7 @@ def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
     assert config["network"]["img_resolution"] == 16 and config["settings"]["weight"] == "sid"
     row = metrics["rows"]["one step"]
     assert row["judge_frechet"] == metrics["one_step"] and row["noise"] > 0
+    assert "extra_flow_loss" in (out / "log.jsonl").read_text() and config["settings"]["gan"] == 0.01
     assert f"{row['judge_frechet']:.4f} +- {row['noise']:.4f}" in done.stdout
 
     # Images of the same name that changed are noticed before anything is lost.

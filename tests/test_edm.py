@@ -407,6 +407,8 @@ DESCRIPTIONS = [
     *(dict(generator={"t_star": value}) for value in ("0.9", None, math.nan, -1, 2, True, [0.9], 10**4000)),
     *(dict(generator={"t_star": 0.9, "c_out": value}) for value in ("0.9", None, math.nan, math.inf, -1)),
     dict(generator={"t_star": 0.9, "net": 1.0}),
+    *(dict(about={"network": NETWORK, "classes": names}) for names in ("abc", None, {}, [1], [["a"]])),
+    dict(about={"network": NETWORK, "classes": ["a"], "class_counts": [1]}),
     with_tensors(x=torch.ones(1)), dict(tensors={"x": torch.ones(1)}),
     with_tensors(**{"enc.4x4_down.conv0.resample_filter": torch.ones(1, 1, 2, 2)}),
     with_tensors(**{"map_layer1.bias": torch.zeros(64, dtype=torch.int32)}),
@@ -503,6 +505,7 @@ def test_mutated_pickles(edm_pickle):  # noqa: F811
 
 def test_mutated_network_files(tmp_path):
     net = small_net(label_dim=3)
-    path = network_file(tmp_path / "file.safetensors", net.state_dict(), label_dim=3, generator=GENERATOR)
+    about = {"network": NETWORK | {"label_dim": 3}, "classes": list("abc"), "class_counts": [1, 2, 3]}
+    path = network_file(tmp_path / "file.safetensors", net.state_dict(), about, GENERATOR)
     with limits_of_memory():
         fuzz(lambda path: load_network(path)[0], path, net)

@@ -80,6 +80,20 @@ def test_image_is_turned_as_its_exif_says(tmp_path):
     np.testing.assert_array_equal(found, np.rot90(VALUES[:, :32], 3))
 
 
+@pytest.mark.parametrize("name, mode", [("a.png", "RGBA"), ("a.png", "LA"), ("a.gif", "P"), ("a.png", "RGB"),
+                                        ("a.webp", "RGBA")])
+def test_what_is_transparent_is_white_whatever_lies_below(tmp_path, name, mode):
+    values = np.full((8, 8, 4), 102, np.uint8)  # a colour of the palette
+    values[:4, :, 3], values[4:, :, 3], values[4:, :, :3] = 255, 0, 51
+    below, options = Image.fromarray(values), {}
+    if mode in ("P", "RGB"):
+        below = below.convert("RGB").convert(mode)
+        options = {"transparency": below.getpixel((0, 7))}
+    (below if mode == "RGBA" else below.convert(mode)).save(tmp_path / name, lossless=True, **options)
+    found = np.asarray(images.read_image(tmp_path / name))
+    assert (found[:4] == 102).all() and (found[4:] == 255).all()
+
+
 def animated(path):
     frames = [Image.fromarray(VALUES), Image.fromarray(255 - VALUES)]
     frames[0].save(path, save_all=True, append_images=frames[1:])
@@ -105,6 +119,7 @@ def truncated(path):
     ("a.tif", lambda path: floats(path, -0.5), r"not in 0..1\)"),
     ("a.tif", lambda path: floats(path, np.nan), r"not in 0..1\)"),
     ("a.tif", lambda path: integers(path, 70_000), "not in 0..65535"),
+    ("a.tif", lambda path: integers(path, 200), "are of 8 bits, in a file of 16"),
     ("a.png", os.mkfifo, "no regular file"),
     ("a.png", lambda path: path.symlink_to("/dev/zero"), "a link out of"),
     ("a.png", lambda path: path.symlink_to(__file__), "a link out of"),
@@ -149,6 +164,18 @@ def test_hidden_files_are_no_images_and_hidden_folders_no_classes(tmp_path):
     assert data.classes == ["cat"] and len(data.pixels) == 1
     (tmp_path / "cat" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
     assert real.load_real(tmp_path / "cat")[1] == ["a cat"]
+
+
+def test_what_a_folder_is_read_as_is_said(tmp_path, capsys):
+    """The classes in their order, and what is left out."""
+    for name in ("2/a.png", "10/b.png", "1/c.jfif", "1/d.heic", "1/notes.txt"):
+        write(tmp_path / name, b"")
+    for name in ("2/a.png", "10/b.png", "1/c.jfif"):
+        Image.fromarray(VALUES).save(tmp_path / name, "PNG")
+    assert images.load_images(str(tmp_path)).classes == ["1", "10", "2"]
+    printed = capsys.readouterr().out
+    assert f"2 files in {tmp_path / '1'} are of other kinds and left out, {tmp_path}/1/d.heic the" in printed
+    assert f"3 images of 3 classes in {tmp_path}: 1, 10, 2\n" in printed
 
 
 def test_a_grid_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -251,6 +278,8 @@ def test_fid_tells_its_failures_apart_and_counts_real_images_once(tmp_path, monk
     ("a.jsonl", b"\xff", "as text in UTF-8"),
     ("a.jsonl", "", "holds no prompts"),
     ("b/a.txt", "the folder a.txt is asked for", "Is a directory"),
+    ("a.csv", "prompt,category\na cat,animal", "is a table"),
+    ("a.TSV", "Prompt\tCategory\na cat\tanimal", "is a table"),
 ])
 def test_bad_prompts_are_named(tmp_path, name, content, message):
     write(tmp_path / name, content)
@@ -265,6 +294,8 @@ def test_bad_prompts_are_named(tmp_path, name, content, message):
     ("a.txt", "caf\xe9\u2028au lait", ["caf\xe9\u2028au lait"]),
     ("a.jsonl", '\ufeff{"prompt": "a cat"}\n{"text": "a dog"}', ["a cat", "a dog"]),
     ("a.jsonl", '{"prompt": "one\u2028line"}', ["one\u2028line"]),
+    ("a.JSONL", '{"prompt": "a cat"}', ["a cat"]),
+    ("a.ndjson", '{"prompt": "a cat"}', ["a cat"]),
 ])
 def test_strange_prompts_work(tmp_path, name, content, expected):
     write(tmp_path / name, content)

@@ -32,6 +32,7 @@ def picture(path):
     ("1.png", "1.TXT", "a cat\n"),
     ("1.png", "1.caption", "a cat"),
     ("1.PNG", "1.Caption", "a cat"),
+    ("1.bmp", "1.txt", "a cat"),
 ])
 def test_captions_are_found(tmp_path, capsys, image, captions, content):
     picture(tmp_path / image)

@@ -26,7 +26,7 @@ from parts import progress, prompts
 from parts.captions import PROMPTS, captioned_digits, captions, judge
 from parts.files import save_tensors
 from parts.gan import GAN
-from parts.images import to_uint8
+from parts.images import save_grid, to_uint8
 from parts.mmdit import memory_estimate, networks
 from parts.pipeline import draw, export
 from parts.prompts import (
@@ -182,7 +182,11 @@ def moved(model, embeddings, lora_rank, out):
         made = len(list(folder.iterdir()))
         assert made == len(latents.slices) == -(-5 // prompts.ROWS_PER_FILE), made
     assert torch.equal(*found)
-    gan = GAN(32, (4, 4), latents, embeddings, (-1.0, 2.0), 2e-3, 1e-2)
+
+    def real(seeds):
+        return latents(seeds % 5)["latents"], embeddings(seeds % 5)
+
+    gan = GAN(32, real, (-1.0, 2.0), 2e-3, 1e-2, (4, 4))
     run.shard(gan.head)
     nets = {"flow": flow, "net": net, "gan": gan}
     before = parameters(nets)
@@ -267,7 +271,8 @@ def test_gan_losses_against_plain_mathematics(models, embeddings, tmp_path, shap
     real = torch.randn(5, 16, 4, 4)
     save_tensors({"latents": real}, tmp_path / "latents.safetensors")
     rows = Rows([tmp_path / "latents.safetensors"], 5, {"latents": (16, 4, 4)}, CPU)
-    gan = GAN(32, (4, 4), rows, embeddings, (-1.0, 2.0), 0.5, 0.25)
+    gan = GAN(32, lambda seeds: (rows(seeds % 5)["latents"], embeddings(seeds % 5)), (-1.0, 2.0), 0.5, 0.25,
+              (4, 4))
     seeds, cond = torch.tensor([7, 11]), embeddings(torch.tensor([3, 4]))
     x0, noise = torch.randn(2, 16, 4, 4, requires_grad=True), torch.randn(2, 16, 4, 4)
     t = torch.tensor([0.1, 0.4])
@@ -312,7 +317,7 @@ class Still(torch.nn.Module):
 def test_ratio_of_the_gans_gradient_to_that_of_l2_by_hand(side):
     """At t = 0.5 with a linear head w near 0, where the sigmoid is 1/2, the GAN's gradient at a position is
     0.01 D w / (4 H W), its norm 0.04 |w| sqrt(H W); for a teacher u everywhere L2's is 2 u, 8 u sqrt(H W)."""
-    gan = GAN(16, (side, side), None, None, (0.0, 0.0))
+    gan = GAN(16, None, (0.0, 0.0), grid=(side, side))
     gan.head = torch.nn.Conv2d(16, 1, 1)
     torch.nn.init.constant_(gan.head.weight, 1e-3)  # norm 4e-3
     torch.nn.init.zeros_(gan.head.bias)
@@ -389,6 +394,23 @@ def test_stock_pipeline_draws_what_our_generator_draws(models, embeddings, tmp_p
     if lora_rank:
         source.load_lora_weights(tmp_path, weight_name="lora.safetensors")
         assert (latents(source) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_stock_pipeline_draws_the_size_that_it_was_distilled_at(models, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    model = models["3.5-large"]  # whose own size is 32
+    generator = fgm.OneStepGenerator(networks(model, 0, False, False, CPU)[2], 0.97, 0.8)
+    export(model, generator, 0, torch.float32, tmp_path, (16, 8, 8))
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline")
+    z = noise_from(torch.arange(1), (16, 8, 8), CPU)
+    cond, _ = prompts.encoded(model, ["7"], CPU, torch.float32)
+    found = pipe("7", num_inference_steps=1, guidance_scale=0, latents=z, output_type="latent").images
+    with torch.no_grad():
+        expected = generator(z, **cond(torch.tensor([0])))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    drawn = pipe("7", num_inference_steps=1, guidance_scale=0, output_type="pt").images
+    assert drawn.shape == (1, 3, 64, 64)
 
 
 # Prompts and their embeddings
@@ -500,6 +522,23 @@ def test_samples_are_the_stock_pipelines_and_no_two_parts_are_there_at_once(fini
     assert (ours - 255 * pipe(texts, **settings, output_type="pt").images).abs().max() < 1
 
 
+def test_the_teacher_that_is_drawn_from_is_the_runs_own(finished, models, tmp_path):
+    """With its guidance and size, too; and other seeds share no noise."""
+    out, _ = finished
+    text, drawn = "the digit 7", []
+    for seed in (0, 1):
+        done = drive_here(sd3, "--out", out, "--sample", text, "--n", 2, "--ode-steps", 2, "--seed", seed)
+        assert done.returncode == 0, done.stderr
+        drawn.append((out / "sample.png").read_bytes())
+        expected = list(draw(models["3.5-medium"], [text] * 2, 2, 4.0, (32, 32), CPU, torch.float32, seed))
+        save_grid(tmp_path / "grid.png", torch.stack(expected), 2)
+        assert drawn[-1] == (tmp_path / "grid.png").read_bytes()
+    assert drawn[0] != drawn[1]
+    first, second = (list(draw(models["3.5-medium"], [text] * 2, 1, 1, (32, 32), CPU, torch.float32, seed))
+                     for seed in (0, 1))
+    assert not torch.equal(first[1], second[0])
+
+
 def test_interrupted_run_resumed_equals_uninterrupted(finished, models, tmp_path):
     """The run stops at step 3, whose checkpoint is the last: what came after is lost."""
     out, model = tmp_path / "resumed", models["3.5-medium"]
@@ -517,7 +556,9 @@ def test_geneval_layout(finished, tmp_path):
     out, _ = finished
     lines = '{"tag": "a", "prompt": "the digit 3"}\n{"tag": "b", "prompt": "4"}\n'
     (tmp_path / "metadata.jsonl").write_text(lines)
+    (out / "geneval" / "00002" / "samples").mkdir(parents=True)  # of an earlier call with more prompts
     assert drive_here(sd3, "--out", out, "--geneval", tmp_path / "metadata.jsonl").returncode == 0
+    assert len(list((out / "geneval").iterdir())) == 2
     for i, tag in enumerate("ab"):
         folder = out / "geneval" / f"{i:05d}"
         assert json.loads((folder / "metadata.jsonl").read_text())["tag"] == tag
@@ -556,6 +597,8 @@ def test_bad_input_is_one_line_and_status_2(finished, model, models, tmp_path, m
         (["--model", model, "--real", small], "is 48x48, the run makes 32x32"),
         (["--model", model, "--height", "40"], "divisible by 16"),
         (["--model", model, "--height", "512"], "larger than"),
+        (["--model", out / "pipeline"], "makes one step: as --model name the one that it was distilled from"),
+        (["--model", model, "--guidance", "0"], "argument --guidance: must be in [1, 1000], got 0"),
         (["--model", model, "--lora", "0"], "argument --lora: must be in [1, 1e9], got 0"),
         (["--model", model, "--batch", "9", "--micro-batch", "2"], "global batch 9"),
         ([*whole, "--prompts", same / "images" / "metadata.jsonl"], "holds rows for another prompts"),
@@ -578,7 +621,8 @@ def test_bad_input_is_one_line_and_status_2(finished, model, models, tmp_path, m
 
 def test_lora_run_resumes_and_writes_its_file(models, tmp_path):
     """Of SD3.5-large's shape, and without the GAN."""
-    arguments = ["--model", models["3.5-large"], "--out", tmp_path, "--lora", 4, *SMALL]
+    model = shutil.copytree(models["3.5-large"], tmp_path / "model")
+    arguments = ["--model", model, "--out", tmp_path, "--lora", 4, *SMALL]
     done = drive_here(sd3, *arguments)
     assert done.returncode == 0, done.stderr
     lora = load_file(tmp_path / "lora.safetensors")
@@ -588,11 +632,19 @@ def test_lora_run_resumes_and_writes_its_file(models, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "distill-000000006")
     done = drive_here(sd3, *arguments)
     assert done.returncode == 0 and (tmp_path / "generator.safetensors").read_bytes() == before
+    weights = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    SD3Transformer2DModel.from_pretrained(model / "transformer").to(torch.bfloat16).save_pretrained(
+        model / "transformer")  # other weights of the base in the same place
+    assert not torch.equal(weights["proj_out.weight"], load_file(
+        model / "transformer" / "diffusion_pytorch_model.safetensors")["proj_out.weight"])
+    done = drive_here(sd3, *arguments)
+    assert done.returncode == 2 and "teacher_weights" in done.stderr
 
 
 @pytest.mark.parametrize("name, guidance", [
     ("owner/stable-diffusion-3-medium-diffusers", 4.0), ("owner/stable-diffusion-3.5-medium", 4.5),
-    ("folder/stable-diffusion-3.5-large", 3.5), ("folder/3.5-large/another", 4.0)])
+    ("folder/stable-diffusion-3.5-large", 3.5), ("folder/3.5-large/another", 4.0),
+    ("owner/stable-diffusion-3.5-large-turbo", 1.0)])
 def test_guidance_is_the_models(name, guidance, monkeypatch):
     monkeypatch.setattr("sys.argv", ["sd3.py", "--model", name])
     assert sd3.arguments().guidance == guidance

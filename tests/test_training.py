@@ -282,6 +282,20 @@ def test_another_teacher_is_not_taken_for_the_first(finished, tmp_path):
     assert_same_networks(out, tmp_path / "fresh")
 
 
+def test_starting_again_leaves_nothing_that_an_earlier_run_drew_or_wrote(tmp_path):
+    mine = ["mine.png", "teacher.safetensors", "sample.png", "pipeline/mine.py", "movie/mine.png"]
+    results = ["distill-0000500.png", "one-step.png", "teacher-50-steps.png", "lora.safetensors",
+               "config.json", "metrics.json", "judge.safetensors", "pipeline/model_index.json",
+               "movie/000000166.png"]
+    for name in mine + results:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("earlier")
+    run.FolderRun(tmp_path, resume="no")
+    run.FolderRun.unlock()
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == sorted([".lock", *mine])
+
+
 def test_distillation_is_tied_to_the_weights_of_its_teacher(tmp_path):
     teacher, generator, flow = networks()
     settings = dict(steps=2, batch=4)
