@@ -42,15 +42,7 @@ from parts.flags import COUNT, Setting
 from parts.gan import GAN
 from parts.images import save_grid, save_samples
 from parts.mmdit import networks, print_memory
-from parts.prompts import (
-    Embeddings,
-    contents,
-    described,
-    digest_of,
-    encode_prompts,
-    find_prompts,
-    free_memory,
-)
+from parts.prompts import contents, described, digest_of, encode_prompts, find_prompts, free_memory
 from parts.real import encode_images, load_real
 from parts.sizes import check_sizes
 
@@ -215,10 +207,9 @@ def read_source(args, device):
 
 def make_gan(args, source, device, dtype, out):
     """The GAN on image files with their captions, both encoded by the source pipeline."""
-    encode_prompts(source.folder, source.captions, out / "captions", device, dtype)
+    embeddings = encode_prompts(source.folder, source.captions, out / "captions", device, dtype)
     size, config = (args.height, args.width), source.config
     latents = encode_images(source.folder, source.paths, size, source.shape, out / "latents", device, dtype)
-    embeddings = Embeddings(out / "captions", len(source.captions), device)
 
     def real(seeds):
         chosen = seeds % len(latents)
@@ -325,8 +316,7 @@ def main():
         print_memory(args, source.folder, source.config, source.shape, bf16, device)
     torch.manual_seed(args.seed)
     cache = args.embeddings or out / "embeddings"
-    encode_prompts(source.folder, source.prompts, cache, device, dtype)
-    embeddings = Embeddings(cache, len(source.prompts), device)
+    embeddings = encode_prompts(source.folder, source.prompts, cache, device, dtype)
     gan = make_gan(args, source, device, dtype, out) if args.real else None
 
     # The networks, and Algorithm 1.

@@ -4,7 +4,6 @@ import functools
 import gc
 import hashlib
 import json
-import math
 import random
 import sys
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import fgm
 from fgm import InputError
 from parts.bars import bar
 from parts.files import file_digest, open_folder, reason, save_tensors
-from parts.run import moved, read_json
+from parts.run import first_process, moved, read_json
 
 # ------------------------------------------------------------------------------------------------------------
 # Prompts
@@ -157,30 +156,25 @@ def files_of(items):
     return [items[i : i + ROWS_PER_FILE] for i in range(0, len(items), ROWS_PER_FILE)]
 
 
-def fill(cache, files, made_of, load, encode):
-    """Write those of files {name: items} that the folder cache lacks, each encode(load(), items): a dict of
-    tensors with one row per item. The processes share the work; what load() gives is made once on each.
+def fill(cache, what, made_of, parts, load, encode):
+    """The paths of files in the folder cache, one for each part: encode(load(), part), a dict of tensors with
+    one row per item.
 
-    made_of: {what: text}, all that decides what is in the files, kept in their headers. A collective call.
-    Raises InputError for damaged files, and for files made of something else."""
-    paths = {cache / f"{name}.safetensors": items for name, items in files.items()}
-    there = [path for path in paths if path.exists()]
-    missing, load = [path for path in paths if path not in there], functools.cache(load)
+    parts: [(key, part)]. A file is named after `what`, its number and what decides its content: the part's
+    key, and made_of for all. So what exists is not made again, and what has changed is. The processes share
+    the work; what load() gives is made once on each. A collective call."""
+    cache, keys = open_folder(cache), [digest_of([made_of, key])[:16] for key, _ in parts]
+    paths = [cache / f"{what}-{i:06d}-{key}.safetensors" for i, key in enumerate(keys)]
+    missing = first_process(lambda: [i for i, path in enumerate(paths) if not path.exists()])
+    load = functools.cache(load)
 
-    def check(path):
-        with opened(path) as file:
-            found = json.loads((file.metadata() or {}).get("about", "{}"))
-        differs = ", ".join(what for what in made_of if found.get(what) != made_of[what])
-        if differs:
-            raise InputError(f"{cache} holds rows for another {differs}: remove it, or name another folder")
+    def make(i):
+        save_tensors(encode(load(), parts[i][1]), paths[i])
 
-    def make(path):
-        save_tensors(encode(load(), paths[path]), path, {"about": json.dumps(made_of)})
-
-    shared(check, there, None)
     shared(make, missing, f"encoding, for {cache}" if missing else None)
     load.cache_clear()
     free_memory()
+    return paths
 
 
 @contextmanager
@@ -293,14 +287,14 @@ def load_pipeline(folder, networks, device, dtype):
         raise InputError(f"cannot load the pipeline {folder} ({reason(error)})") from error
 
 
-def encode(pipe, texts, device, dtype, max_length):
+def encode(pipe, texts, device, dtype):
     """{condition: tensor} of texts, on the CPU: [N, tokens, D] and [N, P]."""
     parts = []
     for i in range(0, len(texts), 16):
         with torch.no_grad():
             embeds, _, pooled, _ = pipe.encode_prompt(
                 texts[i : i + 16], None, None, device=device, do_classifier_free_guidance=False,
-                max_sequence_length=max_length)
+                max_sequence_length=256)
         parts.append((embeds.to(dtype).cpu(), pooled.to(dtype).cpu()))
     columns = zip(*parts, strict=True)
     return {name: torch.cat(column).contiguous() for name, column in zip(CONDITIONS, columns, strict=True)}
@@ -317,28 +311,27 @@ def contents(folder, *patterns):
                       shared(file_digest, paths, "reading the model's files")])
 
 
-def encode_prompts(folder, prompts, cache, device, dtype, max_length=256):
-    """Embed the prompts, and the empty one for guidance, into files of 128 in the folder cache, then free the
-    encoders.
+def encode_prompts(folder, prompts, cache, device, dtype):
+    """The Embeddings of prompts, and of the empty one for guidance, in files of 128 in the folder cache; the
+    encoders are freed then.
 
-    Files that exist are kept; the processes share the work. Raises InputError if cache holds embeddings of
-    another model (by the content of its text encoders and tokenizers), other prompts or another precision."""
-    cache = open_folder(cache)
-    made_of = {"model": contents(folder, "text_encoder*/*", "tokenizer*/*"), "prompts": digest_of(prompts),
-               "dtype": str(dtype), "max_length": str(max_length)}
+    Files that exist are kept, if made of the same prompts by the same encoders and tokenizers (by content),
+    in the same precision; the processes share the work."""
     truncated = []  # CLIP's longest text, once for each prompt that is longer
 
     def encode_file(pipe, texts):
         longest = pipe.tokenizer.model_max_length
         truncated.extend(longest for text in texts if len(pipe.tokenizer(text).input_ids) > longest)
-        return encode(pipe, texts, device, dtype, max_length)
+        return encode(pipe, texts, device, dtype)
 
-    files = {f"prompts-{i:06d}": texts for i, texts in enumerate(files_of(prompts))}
-    files["null"] = [""]
-    fill(cache, files, made_of, lambda: load_pipeline(folder, ENCODERS, device, dtype), encode_file)
+    made_of = [contents(folder, "text_encoder*/*", "tokenizer*/*"), str(dtype)]
+    parts = [(texts, texts) for texts in [[""], *files_of(prompts)]]
+    paths = fill(cache, "prompts", made_of, parts, lambda: load_pipeline(folder, ENCODERS, device, dtype),
+                 encode_file)
     if truncated:
         message = f"{len(truncated)} prompts are longer than CLIP's {truncated[0]} tokens and were cut there"
         print(message, file=sys.stderr)
+    return Embeddings(paths, len(prompts), device)
 
 
 def encoded(folder, prompts, device, dtype):
@@ -347,7 +340,7 @@ def encoded(folder, prompts, device, dtype):
     places = {text: i for i, text in enumerate(texts)}
     rows = torch.tensor([places[prompt] for prompt in prompts])
     with bar("encoding prompts"):
-        columns = encode(load_pipeline(folder, ENCODERS, device, dtype), texts, device, dtype, 256)
+        columns = encode(load_pipeline(folder, ENCODERS, device, dtype), texts, device, dtype)
     free_memory()
 
     def conditions(indices):
@@ -359,15 +352,12 @@ def encoded(folder, prompts, device, dtype):
 class Embeddings(Rows):
     """Encoded prompts. Called with indices [B], gives what the network takes, on the device:
     {"encoder_hidden_states": [B, tokens, D], "pooled_projections": [B, P]}. null: the same of the empty
-    prompt, B = 1.
+    prompt, B = 1, which the first of the files holds.
 
     Raises InputError for damaged files."""
 
-    def __init__(self, cache, number, device):
-        null = Path(cache) / "null.safetensors"
-        with opened(null) as file:
+    def __init__(self, files, number, device):
+        with opened(files[0]) as file:
             self.null = {name: file.get_tensor(name).to(device) for name in CONDITIONS}
         shapes = {name: value.shape[1:] for name, value in self.null.items()}
-        numbers = range(math.ceil(number / ROWS_PER_FILE))
-        files = [Path(cache) / f"prompts-{i:06d}.safetensors" for i in numbers]
-        super().__init__(files, number, shapes, device)
+        super().__init__(files[1:], number, shapes, device)

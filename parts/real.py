@@ -11,7 +11,7 @@ import torch
 import fgm
 from fgm import InputError
 from parts import prompts
-from parts.files import file_digest, open_folder
+from parts.files import file_digest
 from parts.images import IMAGE_SUFFIXES, channels_first, image_files, read_image, to_float
 
 TEXTS, TABLES = (".txt", ".caption"), (".jsonl", ".csv")
@@ -80,11 +80,6 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
     They are kept in files of 128 in the folder cache, named after what they are made of, by content: what
     exists is not made again, what belongs to an image that has changed is. A collective call. Raises
     InputError, naming the file, for an image that cannot be read, or is of another size."""
-    cache, vae_key = open_folder(cache), prompts.contents(folder, "vae/*")
-    digests, files = prompts.shared(file_digest, paths, "reading the images"), {}
-    for i, (part, digest) in enumerate(zip(prompts.files_of(paths), prompts.files_of(digests), strict=True)):
-        files[f"latents-{i:06d}-{prompts.digest_of([vae_key, str(dtype), digest])[:16]}"] = part
-
     def encode(vae, part):
         shift, scale, latents = vae.config.shift_factor, vae.config.scaling_factor, []
         for path in part:
@@ -101,6 +96,8 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
     def load():
         return prompts.load_component(folder, "vae", torch.float32).to(device)
 
-    prompts.fill(cache, files, {}, load, encode)
-    paths_of_rows = [cache / f"{name}.safetensors" for name in files]
-    return prompts.Rows(paths_of_rows, len(paths), {"latents": shape}, device)
+    digests = prompts.shared(file_digest, paths, "reading the images")
+    parts = [*zip(prompts.files_of(digests), prompts.files_of(paths), strict=True)]
+    made_of = [prompts.contents(folder, "vae/*"), str(dtype)]
+    files = prompts.fill(cache, "latents", made_of, parts, load, encode)
+    return prompts.Rows(files, len(paths), {"latents": shape}, device)

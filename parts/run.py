@@ -250,10 +250,10 @@ class FolderRun(fgm.Run):
         """Raises InputError unless all processes see the same folder: they write its checkpoints together."""
         if world_size() == 1:
             return
-        file, name = first_process(lambda: tempfile.mkstemp(prefix=".shared-", dir=self.out))
+        name = first_process(lambda: tempfile.mkdtemp(prefix=".shared-", dir=self.out))
         seen = [None] * world_size()
         dist.all_gather_object(seen, (self.out / Path(name).name).exists())
-        first_process(lambda: (os.close(file), os.remove(name)))
+        first_process(lambda: os.rmdir(name))
         if not all(seen):
             apart = seen.index(False)
             raise InputError(f"{self.out} is not one folder for all processes: process {apart} does not see "

@@ -484,46 +484,45 @@ def exchanged(path):
     os.utime(path, ns=times)
 
 
-def headless(path):
-    save_file(load_file(path), path)
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda source, cache: exchanged(source / "text_encoder/model.safetensors"), "for another model"),
-    (lambda source, cache: edit(source / "tokenizer/tokenizer_config.json", model_max_length=15),
-     "for another model"),
-    (lambda source, cache: headless(cache / "prompts-000000.safetensors"), "for another model, prompts"),
+@pytest.mark.parametrize("change", [
+    lambda source: exchanged(source / "text_encoder/model.safetensors"),
+    lambda source: edit(source / "tokenizer/tokenizer_config.json", model_max_length=15),
 ])
-def test_embeddings_of_another_model_are_not_used(source, tmp_path, change, message):
+def test_embeddings_of_another_model_are_not_used(source, tmp_path, change):
     cache = tmp_path / "cache"
-    prompts.encode_prompts(source, ["7"], cache, CPU, torch.float32)
-    prompts.encode_prompts(source, ["7"], cache, CPU, torch.float32)
-    change(source, cache)
-    with refused(message):
+
+    def made():
+        """The names of the embeddings' files; none is made that is there."""
         prompts.encode_prompts(source, ["7"], cache, CPU, torch.float32)
+        return {path.name for path in cache.iterdir()}
+
+    before = made()
+    assert len(before) == 2 and made() == before
+    change(source)
+    assert len(made()) == 4 and made() > before
 
 
 def test_prompts_with_the_same_lines_are_told_apart(source, tmp_path):
-    prompts.encode_prompts(source, ["a\nb", "c"], tmp_path / "cache", CPU, torch.float32)
-    with refused("another prompts"):
-        prompts.encode_prompts(source, ["a", "b\nc"], tmp_path / "cache", CPU, torch.float32)
+    found = [prompts.encode_prompts(source, texts, tmp_path / "cache", CPU, torch.float32)
+             for texts in (["a\nb", "c"], ["a", "b\nc"])]
+    assert found[0].names != found[1].names
+    first, second = (embeddings(torch.arange(2))["pooled_projections"] for embeddings in found)
+    assert not torch.equal(first, second)
 
 
 def wrong_rows(path):
     save_file({name: value[:1] for name, value in load_file(path).items()}, path)
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("prompts-000000", cut), ("prompts-000000", wrong_rows), ("prompts-000000", without), ("null", cut),
-    ("null", without),
-])
-def test_damaged_embeddings_are_named(source, tmp_path, name, damage):
+@pytest.mark.parametrize("number, damage", [(1, cut), (1, wrong_rows), (1, without), (0, cut), (0, without)])
+def test_damaged_embeddings_are_named(source, tmp_path, number, damage):
+    """The first file is that of the empty prompt."""
     cache = tmp_path / "cache"
     prompts.encode_prompts(source, ["7", "8"], cache, CPU, torch.float32)
-    prompts.Embeddings(cache, 2, CPU)
-    damage(cache / f"{name}.safetensors")
-    with refused(f"{name}.safetensors is damaged .*; remove it, it is made again"):
-        prompts.Embeddings(cache, 2, CPU)
+    path = sorted(cache.iterdir())[number]
+    damage(path)
+    with refused(f"{path.name} is damaged .*; remove it, it is made again"):
+        prompts.encode_prompts(source, ["7", "8"], cache, CPU, torch.float32)
 
 
 def test_latents_are_made_again_for_other_images_and_another_vae_alone(source, tmp_path, monkeypatch):

@@ -31,7 +31,6 @@ from parts.mmdit import memory_estimate, networks
 from parts.pipeline import draw, export
 from parts.prompts import (
     ENCODERS,
-    Embeddings,
     Rows,
     encode_prompts,
     grammar,
@@ -52,8 +51,7 @@ ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES)
 def embeddings(model, tmp_path_factory):
     """Of the prompts, by the text encoders that all shapes share."""
     cache = tmp_path_factory.mktemp("embeddings")
-    encode_prompts(model, PROMPTS, cache, CPU, torch.float32)
-    return Embeddings(cache, len(PROMPTS), CPU)
+    return encode_prompts(model, PROMPTS, cache, CPU, torch.float32)
 
 
 def shaken(*nets):
@@ -160,7 +158,8 @@ import fgm
 from parts import prompts, run
 from parts.gan import GAN
 from parts.mmdit import networks
-from parts.prompts import Embeddings
+from parts.captions import PROMPTS
+from parts.prompts import encode_prompts
 from parts.real import encode_images
 
 
@@ -203,7 +202,7 @@ def main():
     cache, out, *models = sys.argv[1:]
     run.GATHERED_WHOLE = 0  # block by block, as a large network
     run.setup("cpu")
-    embeddings, found = Embeddings(cache, 240, "cpu"), {}
+    embeddings, found = encode_prompts(Path(models[0]), PROMPTS, Path(cache), "cpu", torch.float32), {}
     for model in models:
         for lora_rank in (0, 4):
             found[model, lora_rank] = moved(Path(model), embeddings, lora_rank, out)
@@ -221,7 +220,6 @@ def test_two_processes_move_the_weights_as_one(models, tmp_path, monkeypatch):
 
     Both recipes, on the shape that has all kinds of blocks; the micro-batches are of the same samples."""
     (tmp_path / "ranks.py").write_text(RANKS)
-    encode_prompts(models["3-medium"], PROMPTS, tmp_path / "cache", CPU, torch.float32)
     arguments = tmp_path / "cache", tmp_path / "moved.pt", models["3.5-medium"]
     done = drive(tmp_path / "ranks.py", *arguments, processes=2, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -230,7 +228,7 @@ def test_two_processes_move_the_weights_as_one(models, tmp_path, monkeypatch):
     ranks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ranks)
     monkeypatch.setattr(prompts, "ROWS_PER_FILE", 128)
-    embeddings = Embeddings(tmp_path / "cache", 240, CPU)
+    embeddings = encode_prompts(models["3.5-medium"], PROMPTS, tmp_path / "cache", CPU, torch.float32)
     assert len(found) == 2
     for (model, lora_rank), shared in found.items():
         alone = ranks.moved(Path(model), embeddings, lora_rank, tmp_path / "moved.pt")
@@ -418,22 +416,20 @@ def test_stock_pipeline_draws_the_size_that_it_was_distilled_at(models, tmp_path
 
 def test_embeddings_are_the_pipelines_own_and_resume(model, embeddings, tmp_path, capsys):
     texts = [PROMPTS[i] for i in range(200)] + ["x " * 100]
-    encode_prompts(model, texts, tmp_path, CPU, torch.float32)
+    found = encode_prompts(model, texts, tmp_path, CPU, torch.float32)
     assert "1 prompts are longer than CLIP's 16 tokens" in capsys.readouterr().err
     pipe = load_pipeline(model, ENCODERS, CPU, torch.float32)
     expected = pipe.encode_prompt(texts[150], None, None, do_classifier_free_guidance=False)
-    found = Embeddings(tmp_path, len(texts), CPU)
     hidden_states = found(torch.tensor([3, 150]))["encoder_hidden_states"]
     torch.testing.assert_close(hidden_states[1:], expected[0], rtol=1e-5, atol=1e-5)
     empty = pipe.encode_prompt("", None, None, do_classifier_free_guidance=False)
     torch.testing.assert_close(found.null["pooled_projections"], empty[2], rtol=1e-5, atol=1e-5)
-    kept, lost = tmp_path / "prompts-000000.safetensors", tmp_path / "prompts-000001.safetensors"
+    _, kept, lost = sorted(tmp_path.iterdir())  # the first is that of the empty prompt
     content, when = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
     encode_prompts(model, texts, tmp_path, CPU, torch.float32)
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == when
-    with pytest.raises(fgm.InputError, match="another prompts"):
-        encode_prompts(model, texts[1:], tmp_path, CPU, torch.float32)
+    assert encode_prompts(model, texts[128:], tmp_path, CPU, torch.float32).names[0] not in found.names
 
 
 def test_components_are_loaded_in_the_precision_asked_for(model):
@@ -601,7 +597,8 @@ def test_bad_input_is_one_line_and_status_2(finished, model, models, tmp_path, m
         (["--model", model, "--guidance", "0"], "argument --guidance: must be in [1, 1000], got 0"),
         (["--model", model, "--lora", "0"], "argument --lora: must be in [1, 1e9], got 0"),
         (["--model", model, "--batch", "9", "--micro-batch", "2"], "global batch 9"),
-        ([*whole, "--prompts", same / "images" / "metadata.jsonl"], "holds rows for another prompts"),
+        ([*whole, "--prompts", same / "images" / "metadata.jsonl", "--embeddings", tmp_path / "others"],
+         "run with other settings (prompts "),
         ([*whole, "--lora", "4"], "lora None -> 4"),
         ([*whole, "--lr", "0.5"], "lr 0.002 -> 0.5"),
         ([*whole, "--t-star", "1.5"], "argument --t-star: must be in [0, 1], got 1.5"),
