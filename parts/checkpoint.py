@@ -136,13 +136,10 @@ def read_tensors(state, folder):
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
         held = {name: file for file in files for name in file.keys()}
-        parameters = {name for name in held if ".parameter." in name}
-        if not parameters <= state.keys() <= held.keys():
-            raise KeyError("it is of other tensors")
+        more = [name for name in held if ".parameter." in name and name not in state]
         shapes = {name: held[name].get_slice(name).get_shape() for name in state}
-        wrong = [name for name, tensor in state.items() if shapes[name] != list(tensor.shape)]
-        if wrong:
-            raise ValueError(f"{wrong[0]} has another shape")
+        if more or shapes != {name: list(tensor.shape) for name, tensor in state.items()}:
+            raise ValueError("it is of other tensors")
         for name, tensor in state.items():
             whole = held[name].get_tensor(name).to(tensor.device)
             if hasattr(tensor, "device_mesh"):
