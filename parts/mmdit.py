@@ -11,7 +11,7 @@ from torch import nn
 
 import fgm
 from parts.pipeline import numbers_in
-from parts.prompts import ENCODERS, load_component
+from parts.prompts import ENCODERS, described, load_component
 from parts.run import GATHERED_WHOLE, read_json, shard
 from parts.sizes import check_memory, memory_of
 
@@ -265,6 +265,25 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
     }
 
 
+def memory_around(folder, bf16, size, state):
+    """Bytes a process needs at the peaks before, between and after the steps, by arithmetic: {phase: bytes}.
+
+    size: (H, W) of an image; state: bytes that stay beside a picture. Text encoders, transformer and VAE are
+    never there together. The decoder's peak is in its last block, whose first layer holds its input, that
+    normalised and that activated, or, where it has no more channels than the rest, in a layer's end.
+    Activations of text encoders, and of the transformer without gradients, are not counted."""
+    number = 2 if bf16 else 4
+    text = sum(numbers_in(folder / name) for name in ENCODERS if (folder / name).is_dir())
+    channels = described(folder, "vae").config.block_out_channels
+    decoding = size[0] * size[1] * max(3 * channels[min(1, len(channels) - 1)], 5 * channels[0])
+    vae = (numbers_in(folder / "vae") + decoding) * number
+    return {
+        "encoding prompts": text * number,
+        "a picture": state + vae,
+        "the scores": max(numbers_in(folder / "transformer") * number, vae),
+    }
+
+
 def print_memory(args, folder, config, shape, bf16, device):
     """The memory that a process of sd3.py needs, by phase and within a step. args: its settings;
     config: the transformer's; shape: of a latent.
@@ -280,8 +299,8 @@ def print_memory(args, folder, config, shape, bf16, device):
         text_tokens, args.guidance, processes, args.ema is not None, shared, together)
     phases = {"a step": sum(step.values())}
     check_memory(f"a step with --lora {args.lora}", phases["a step"] / 2, device)
-    encoders = [folder / name for name in ENCODERS if (folder / name).is_dir()]
-    phases["encoding prompts"] = sum(map(numbers_in, encoders)) * (2 if bf16 else 4)
+    kept = step["weights, Adam, EMA"] + step["gradients"]
+    phases |= memory_around(folder, bf16, (args.height, args.width), kept)
     peak = max(phases, key=phases.get)
     for title, parts in ((f"{phases[peak] / 1e9:.2f} GB, in {peak}", phases), ("a step", step)):
         listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)

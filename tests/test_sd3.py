@@ -22,12 +22,12 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 import bench
 import fgm
 import sd3
-from parts import progress, prompts
+from parts import pipeline, progress, prompts
 from parts.captions import PROMPTS, captioned_digits, captions, judge
 from parts.files import save_tensors
 from parts.gan import GAN
 from parts.images import save_grid, to_uint8
-from parts.mmdit import memory_estimate, networks
+from parts.mmdit import memory_around, memory_estimate, networks
 from parts.pipeline import draw, export
 from parts.prompts import (
     ENCODERS,
@@ -734,3 +734,18 @@ def test_memory_estimate_counts_what_the_learners_keep(models, lora_rank):
     frozen += sum(buffer.nbytes for velocity in nets for buffer in velocity.buffers())
     expected = estimate["weights, Adam, EMA"] + estimate["gradients"]
     assert sum(kept.values()) + frozen == pytest.approx(expected, rel=0.001)
+
+
+def test_memory_of_decoding_against_the_allocator(model):
+    latents = torch.randn(1, 16, 8, 8)
+
+    def decode():
+        return list(pipeline.decode(model, latents, CPU, torch.float32))
+
+    decode()
+    files = {path: load_file(path) for path in model.rglob("*.safetensors")}
+    held = {path.parent.name: sum(value.nbytes for value in file.values()) for path, file in files.items()}
+    phases = memory_around(model, False, (64, 64), 5)
+    assert phases["encoding prompts"] == sum(held[name] for name in ENCODERS)
+    assert bench.peak_bytes(decode, CPU) == pytest.approx(phases["a picture"] - 5, rel=0.1)
+    assert phases["the scores"] == max(held["transformer"], phases["a picture"] - 5)
