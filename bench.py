@@ -32,9 +32,7 @@ from parts.memory import free_bytes, kept_per_image, largest_micro_batch
 from parts.pipeline import quiet
 from parts.run import FolderRun, command, open_folder, setup, write_json
 
-# ------------------------------------------------------------------------------------------------------------
-# The subjects: what fgm.distill takes, new in every call
-# ------------------------------------------------------------------------------------------------------------
+# ---- The subjects: what fgm.distill takes, new in every call -----------------------------------------------
 
 Subject = namedtuple("Subject", "teacher flow net shape batch conditions")
 
@@ -91,9 +89,7 @@ SUBJECTS = {
     "miniature SD3, LoRA 16, batch 48": partial(miniature, lora_rank=16),
 }
 
-# ------------------------------------------------------------------------------------------------------------
-# Time and memory
-# ------------------------------------------------------------------------------------------------------------
+# ---- Time and memory ---------------------------------------------------------------------------------------
 
 
 TURN = 0.5  # seconds that one side of a ratio takes at least, before it is the other's turn
@@ -177,9 +173,7 @@ def peak_bytes(work, device):
     return max(itertools.accumulate(change for _, change in changes))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The rows: generators of (name, {"median", "least", "most", ...})
-# ------------------------------------------------------------------------------------------------------------
+# ---- The rows: generators of (name, {"median", "least", "most", ...}) --------------------------------------
 
 def step_rows(device, args):
     subjects = SUBJECTS

@@ -29,9 +29,7 @@ from parts.edm import EDMUNet, build, image_shape, load_edm, load_network, load_
 from parts.flags import Setting
 from parts.gan import GAN
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------------------
+# ---- Settings ----------------------------------------------------------------------------------------------
 
 # The paper's settings (section 5.1, appendix B.1) and EDM's network, for CIFAR-10 and other images of that
 # size; ours are the warm-up, the teacher's beta1 of 0.9 and the start, for whose t* section 5.1 has no value:
@@ -149,9 +147,7 @@ def out_folder(args):
     return Path(args.out or beside or Path("runs") / (Path(args.data).name + "-cond" * args.cond))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Drawing samples from a finished run
-# ------------------------------------------------------------------------------------------------------------
+# ---- Drawing samples from a finished run -------------------------------------------------------------------
 
 
 def draw_from_files(args, device):
@@ -200,9 +196,7 @@ def sampler_from_file(args, out, device):
     return fgm.OneStepGenerator(net, **description["generator"]), network, counts, names
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The steps of a run
-# ------------------------------------------------------------------------------------------------------------
+# ---- The steps of a run ------------------------------------------------------------------------------------
 
 
 JUDGE = "judge.safetensors"  # in the output folder
@@ -315,9 +309,7 @@ def main():
         print_results(args, real, of_data, rows, about, seconds, out)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Scores
-# ------------------------------------------------------------------------------------------------------------
+# ---- Scores ------------------------------------------------------------------------------------------------
 
 
 def score(args, real, samplers, class_counts, device, out):

@@ -64,9 +64,7 @@ class Diverged(RuntimeError):
     """A loss or a gradient is no longer finite; the message names the term and the step."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The path and the losses
-# ------------------------------------------------------------------------------------------------------------
+# ---- The path and the losses -------------------------------------------------------------------------------
 
 
 def per_sample(t, x):
@@ -188,9 +186,7 @@ def normal_quantile(uniform):
     return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The one-step generator, the ODE sampler, guidance
-# ------------------------------------------------------------------------------------------------------------
+# ---- The one-step generator, the ODE sampler, guidance -----------------------------------------------------
 
 
 def constant_t(value, x):
@@ -275,9 +271,7 @@ class Guided(nn.Module):
 
 guided = Guided  # the former name
 
-# ------------------------------------------------------------------------------------------------------------
-# Training: the teacher by ReFlow (3.6), the generator by Algorithm 1
-# ------------------------------------------------------------------------------------------------------------
+# ---- Training: the teacher by ReFlow (3.6), the generator by Algorithm 1 -----------------------------------
 
 
 @contextmanager
@@ -467,9 +461,7 @@ def extra_gradient(extra, flow, x0, seeds, cond, bf16):
         return torch.autograd.grad(loss.mean(), leaf)[0], loss.detach()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings (the command-line flags read the same ranges), processes, random draws
-# ------------------------------------------------------------------------------------------------------------
+# ---- Settings (the command-line flags read the same ranges), processes, random draws -----------------------
 
 COUNT, POSITIVE, LOGIT_NORMAL = "[1, 1e9]", "(0, 1e9]", ("[-20, 20]", "[0, 20]")
 RANGES = {
@@ -605,9 +597,7 @@ class Draws:
         return torch.from_numpy(self.random.integers(2**63, size=self.batch))[self.rows]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A network in training, and the run around a loop
-# ------------------------------------------------------------------------------------------------------------
+# ---- A network in training, and the run around a loop ------------------------------------------------------
 
 
 def schedule(step, steps, warmup, decay):
@@ -700,9 +690,7 @@ class Run:
         """Losses [B] at the times t [B]."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The exact flow of a Gaussian mixture
-# ------------------------------------------------------------------------------------------------------------
+# ---- The exact flow of a Gaussian mixture ------------------------------------------------------------------
 
 
 class GaussianMixture:

@@ -33,9 +33,7 @@ TRANSFORMER = dict(
     attention_head_dim=16, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64,
     pos_embed_max_size=4)
 
-# ------------------------------------------------------------------------------------------------------------
-# The parts that are not trained: tokenizers and text encoders
-# ------------------------------------------------------------------------------------------------------------
+# ---- The parts that are not trained: tokenizers and text encoders ------------------------------------------
 
 
 def clip_parts(words):
@@ -91,9 +89,7 @@ def text_parts():
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The parts that are trained: VAE and transformer
-# ------------------------------------------------------------------------------------------------------------
+# ---- The parts that are trained: VAE and transformer -------------------------------------------------------
 
 
 def train_vae(steps, batch=64, lr=3e-3):
@@ -167,9 +163,7 @@ def save_images(folder):
         temporary.write_text("\n".join(lines) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
+# ---- The command -------------------------------------------------------------------------------------------
 
 FLAGS = {
     "out": Setting(str, None, "output folder"),

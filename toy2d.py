@@ -26,9 +26,7 @@ from parts.points import draw_frame, draw_panels, frame_steps, write_movie
 from parts.progress import scores
 from parts.run import command, fingerprint_of, folder_run, save_weights, setup, shard, write_results
 
-# ------------------------------------------------------------------------------------------------------------
-# Data, network, distance
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data, network, distance -------------------------------------------------------------------------------
 
 DATA = ("8gaussians", "checkerboard", "moons", "spiral", "rings")
 
@@ -104,9 +102,7 @@ def energy_distance(x, y, directions=32):
     return (math.pi / 2 * (2 * xy / (n * m) - xx / (n * (n - 1)) - yy / (m * (m - 1))).mean()).item()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
+# ---- The command -------------------------------------------------------------------------------------------
 
 # Swept on the five data sets, for a minute on a laptop.
 DEFAULTS = dict(

@@ -18,9 +18,7 @@ from fgm import InputError
 from parts.sizes import check_memory
 from parts.unpickle import read_pickle, shown
 
-# ------------------------------------------------------------------------------------------------------------
-# The network
-# ------------------------------------------------------------------------------------------------------------
+# ---- The network -------------------------------------------------------------------------------------------
 
 
 class Conv(nn.Conv2d):
@@ -235,9 +233,7 @@ def keep_features(velocity):
     return net.feature_width
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Networks from descriptions and weights that are not trusted
-# ------------------------------------------------------------------------------------------------------------
+# ---- Networks from descriptions and weights that are not trusted -------------------------------------------
 
 COUNT = int, fgm.COUNT
 DESCRIPTION = {  # of a network: what each entry is and may be
@@ -320,9 +316,7 @@ def refusals(path, kind):
         raise InputError(f"{path} is no {kind}, or is damaged ({reason})") from error
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Published EDM networks as flow teachers
-# ------------------------------------------------------------------------------------------------------------
+# ---- Published EDM networks as flow teachers ---------------------------------------------------------------
 
 FIXED = {  # attributes of the layers, whose other values would change the velocity and no weight's shape
     "num_heads": (0, 1), "skip_scale": (math.sqrt(0.5),), "eps": (1e-6,), "adaptive_scale": (False,),
@@ -386,9 +380,7 @@ def edm_config(shapes, outer):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Network files: weights and, in the safetensors header under "about", all that is needed to use them
-# ------------------------------------------------------------------------------------------------------------
+# ---- Network files: weights and, in the safetensors header under "about", all that is needed to use them ---
 
 
 def image_shape(network):

@@ -15,9 +15,7 @@ from parts.prompts import ENCODERS, described, load_component
 from parts.run import GATHERED_WHOLE, read_json, shard
 from parts.sizes import check_memory, memory_of
 
-# ------------------------------------------------------------------------------------------------------------
-# SD3's transformer as a velocity network
-# ------------------------------------------------------------------------------------------------------------
+# ---- SD3's transformer as a velocity network ---------------------------------------------------------------
 
 FEATURE_BLOCK = 2  # from 0; appendix B.2 lets the discriminator see "layer 2"
 
@@ -66,9 +64,7 @@ class SD3Velocity(nn.Module):
         return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One base, two adapters
-# ------------------------------------------------------------------------------------------------------------
+# ---- One base, two adapters --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -144,9 +140,7 @@ class Adapter(nn.Module):
             return self.shared[0].features_of(x, t, **cond)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The three networks of Algorithm 1
-# ------------------------------------------------------------------------------------------------------------
+# ---- The three networks of Algorithm 1 ---------------------------------------------------------------------
 
 
 def checkpoint_blocks(transformer, switch):
@@ -193,9 +187,7 @@ def networks(folder, lora_rank, checkpointing, bf16, device, keep_features=False
     return tuple(Adapter(shared, switch, name) for name in names) if lora_rank else velocities
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The memory of a step
-# ------------------------------------------------------------------------------------------------------------
+# ---- The memory of a step ----------------------------------------------------------------------------------
 
 # What a block keeps for its backward pass, in numbers of its width d per token: normed inputs, q k v, the
 # attention's output, 4 d twice in the feed-forward part, ...; more for norms of q and k; a second attention

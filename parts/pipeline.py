@@ -20,9 +20,7 @@ from parts.progress import scores
 from parts.run import noise_from, read_json
 from parts.scores import frechet_distance
 
-# ------------------------------------------------------------------------------------------------------------
-# The source pipeline
-# ------------------------------------------------------------------------------------------------------------
+# ---- The source pipeline -----------------------------------------------------------------------------------
 
 NETWORKS = ("transformer", "vae", *prompts.ENCODERS)
 COMPONENTS = (*NETWORKS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
@@ -93,9 +91,7 @@ def numbers_in(part):
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Export: a pipeline for unmodified diffusers, a LoRA file
-# ------------------------------------------------------------------------------------------------------------
+# ---- Export: a pipeline for unmodified diffusers, a LoRA file ----------------------------------------------
 
 
 def merge_lora(weights, generator):
@@ -171,9 +167,7 @@ def copy_source(folder, target):
             shutil.copy2(path, target / path.name)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images, by unmodified diffusers
-# ------------------------------------------------------------------------------------------------------------
+# ---- Images, by unmodified diffusers -----------------------------------------------------------------------
 
 
 def draw(folder, texts, steps, guidance, size, device, dtype, seed=0, batch=50, what=None):

@@ -18,9 +18,7 @@ from parts.bars import bar
 from parts.files import file_digest, open_folder, reason, save_tensors
 from parts.run import first_process, moved, read_json
 
-# ------------------------------------------------------------------------------------------------------------
-# Prompts
-# ------------------------------------------------------------------------------------------------------------
+# ---- Prompts -----------------------------------------------------------------------------------------------
 
 
 def read_lines(path):
@@ -117,9 +115,7 @@ def find_prompts(path, folder):
     return prompts
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rows of tensors, encoded once into files: embeddings of prompts, latents of images
-# ------------------------------------------------------------------------------------------------------------
+# ---- Rows of tensors, encoded once into files: embeddings of prompts, latents of images --------------------
 
 ROWS_PER_FILE = 128
 
@@ -216,9 +212,7 @@ class Rows:
         return {name: moved(value, self.device) for name, value in columns.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Embeddings
-# ------------------------------------------------------------------------------------------------------------
+# ---- Embeddings --------------------------------------------------------------------------------------------
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CONDITIONS = ("encoder_hidden_states", "pooled_projections")  # what SD3's transformer calls them

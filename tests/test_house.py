@@ -71,7 +71,7 @@ def test_imports_run_downwards():
 def test_a_wrong_import_is_noticed(change, fault):
     sources = {
         "fgm": "import torch", "parts.low": "import fgm", "parts.high": "def f():\n    from parts import low",
-        "one": "from parts.high import name", "two": "import parts.low, fgm", "bench": "import one, two",
+        "one": "from parts.high import name", "two": "import parts.low, fgm", "bench": 275"import one, two",
     }
     assert faults(sources) == []
     assert fault in faults(sources | change)
@@ -88,7 +88,7 @@ def test_fgm_stands_alone_and_talks_to_nobody():
 
 def test_files_stay_short():
     lines = {module: len(source.splitlines()) for module, source in SOURCES.items()}
-    limits = {"fgm": 753, "cifar": 411, "sd3": 350, "bench": 285, "toy2d": 272, "tiny_sd3": 240}
+    limits = {"fgm": 741, "cifar": 405, "sd3": 350, "bench": 275, "toy2d": 270, "tiny_sd3": 240}
     assert {module: lines[module] for module, limit in limits.items() if lines[module] > limit} == {}
 
 
