@@ -71,7 +71,7 @@ def test_imports_run_downwards():
 def test_a_wrong_import_is_noticed(change, fault):
     sources = {
         "fgm": "import torch", "parts.low": "import fgm", "parts.high": "def f():\n    from parts import low",
-        "one": "from parts.high import name", "two": "import parts.low, fgm", "bench": 275"import one, two",
+        "one": "from parts.high import name", "two": "import parts.low, fgm", "bench": "import one, two",
     }
     assert faults(sources) == []
     assert fault in faults(sources | change)
