@@ -176,6 +176,8 @@ def distil(args, name, device, run):
 
     def picture(step, generator):
         if args.movie:
+            if step not in frame_steps(args.steps):
+                return None
             draw_frame(run.out / "movie", step, generator, data, args.seed)
         return scored(step, generator)
 

@@ -1,7 +1,9 @@
 """Pictures of points in the plane: panels with error maps, and the frames of a movie."""
 
+import numpy as np
 import torch
 
+from fgm import InputError
 from parts.run import atomically, open_folder
 
 EDGE, BINS = 2.4, 60  # half the width of a picture; bins of a histogram, each way
@@ -41,15 +43,16 @@ def draw_panels(path, panels):
 
 
 def frame_steps(steps):
-    """The numbers of steps after which the movie shows the generator, the last among them."""
-    every = max(1, steps // FRAMES)
-    return [*range(every, steps, every), steps]
+    """The numbers of steps after which the movie shows the generator: multiples of the first, ever further
+    apart, since most changes early, and the last."""
+    every = max(1, steps // 250)
+    return sorted({every * round(k) for k in np.geomspace(1, steps // every, FRAMES)} | {steps})
 
 
 def draw_frame(folder, step, generator, data, seed):
     """The density of the generator's samples beside the data's, as folder/STEP.png."""
     import matplotlib
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(seed)).to(data.device)
     density = histogram(data)
@@ -57,9 +60,9 @@ def draw_frame(folder, step, generator, data, seed):
     colours = matplotlib.colormaps["magma"]((both / density.max() / 1.2).numpy())[..., :3]
     frame = Image.fromarray((255 * colours).astype("uint8"))
     frame = frame.resize((8 * BINS, 4 * BINS), Image.Resampling.NEAREST)
-    write = ImageDraw.Draw(frame)
-    write.text((6, 4), "data", "white")
-    write.text((4 * BINS + 6, 4), f"one step, after {step} steps of distillation", "white")
+    write, font = ImageDraw.Draw(frame), ImageFont.load_default(15)
+    write.text((6, 4), "data", "white", font)
+    write.text((4 * BINS + 6, 4), f"one step, after {step} updates", "white", font)
     with atomically(open_folder(folder) / f"{step:09d}.png") as temporary:
         frame.save(temporary)
 
@@ -69,7 +72,11 @@ def write_movie(folder, path, steps):
     from PIL import Image
 
     files = [folder / f"{step:09d}.png" for step in steps]
-    frames = [Image.open(file).quantize(12) for file in files if file.exists()]
+    frames = [Image.open(file) for file in files if file.exists()]
+    if not frames:
+        raise InputError(f"{folder} holds no frames: --overwrite --movie draws them while the run trains")
+    palette = frames[-1].quantize(16)  # of all frames, or the data would flicker
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with atomically(path) as temporary:
         frames[0].save(temporary, save_all=True, append_images=frames[1:], optimize=True, loop=0,
-                       duration=[80] * (len(frames) - 1) + [2000])  # milliseconds
+                       duration=[160] * (len(frames) - 1) + [2000])  # milliseconds
