@@ -345,9 +345,9 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     nn.Module with flow_loss(flow, x0, seeds, cond), called right after the flow's own pass, and
     generator_loss(flow, x0, seeds, cond), [B] each, added to the two losses (loss_scale scales the latter,
     too), which trains with the flow (the GAN of appendix B.2).
-    In forward passes (backward: 1 to an input, 2 to weights, too) a step costs 8; with another l1_weight 9,
-    or 10 with two_graphs, which then never holds the graphs of teacher and flow together; 2 more where the
-    players have different t, or with extra, besides its own.
+    In forward passes (backward: 1 to an input, 2 to weights, too) a step costs 8, or 10 where the players have
+    different t, or with extra, besides its own. With another l1_weight it costs 9, or 10; two_graphs, which
+    then never holds the graphs of teacher and flow together, makes that 10, or 12.
     Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
     flow_lr, t_flow, t_generator = lr if flow_lr is None else flow_lr, tuple(t_flow), tuple(t_generator)
     settings = check_settings(
@@ -427,8 +427,10 @@ def functional_gradient(teacher, flow, x0, noise, t, cond, bf16, l1_weight, weig
         with bf16:
             v_error = reflow_error(flow, leaf, noise, t, **cond)  # v - c
         flow_loss = dot(v_error, v_error)  # R_v
-        flow_loss.mean().backward(retain_graph=excess != 0 and not two_graphs)
-        flow_at_x0, leaf.grad = leaf.grad, None
+        flow_at_x0, rest = 0, flow_loss
+        if learn or two_graphs or not excess:  # else with v's part of || u - v ||^2, below
+            flow_loss.mean().backward(retain_graph=excess != 0 and not two_graphs)
+            flow_at_x0, leaf.grad, rest = leaf.grad, None, 0
 
         with bf16:
             u_error = reflow_error(teacher, leaf, noise, t, **cond)  # u - c
@@ -442,7 +444,8 @@ def functional_gradient(teacher, flow, x0, noise, t, cond, bf16, l1_weight, weig
             if two_graphs:
                 with bf16:
                     v_error = reflow_error(flow, leaf, noise, t, **cond)
-            flow_at_x0 += torch.autograd.grad(excess * dot(gap, v_error).mean(), leaf)[0]
+            rest = rest + excess * dot(gap, v_error)
+            flow_at_x0 = flow_at_x0 + torch.autograd.grad(rest.mean(), leaf)[0]
     at_x0, u_error, v_error = teacher_at_x0 - flow_at_x0, u_error.detach(), v_error.detach()
     if weight is not None:
         target = noise - leaf.detach()

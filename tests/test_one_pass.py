@@ -164,6 +164,8 @@ class Counting(toy2d.VelocityMLP):
     (dict(l1_weight=0.0), [(1, 1), (1, 1), (1, 2)]),  # 9
     (dict(l1_weight=0.0, two_graphs=True), [(1, 1), (1, 1), (2, 2)]),  # 10
     (dict(t_flow=(-1.0, 2.0)), [(1, 1), (1, 1), (2, 2)]),  # 10
+    (dict(t_flow=(-1.0, 2.0), l1_weight=0.0), [(1, 1), (1, 1), (2, 2)]),  # 10, as the former release
+    (dict(t_flow=(-1.0, 2.0), l1_weight=0.0, two_graphs=True), [(1, 1), (1, 1), (3, 3)]),  # 12
     (dict(flow_updates=3), [(1, 1), (3, 1), (3, 3)]),
 ])
 def test_passes_of_a_step(more, passes):
