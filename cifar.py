@@ -117,8 +117,8 @@ def arguments():
     parser = flags.Parser(
         prog="cifar.py",
         description="Train, distil, sample and score a one-step image generator (FGM, arXiv 2410.19310).",
-        epilog="The defaults shown are the paper's, but for --lr-warmup, the teacher's Adam (beta1 0.9) and "
-               "the start, which it does not state; add --data digits to see those of the digits.")
+        epilog="The defaults shown are the paper's, but for --lr-warmup and the start, which it does not "
+               "state; the teacher's Adam has a beta1 of 0.9, not 0. --data digits shows those of the digits.")
     groups = {
         "data": DATA_FLAGS,
         "run": OUT_FLAGS | flags.RUN_FLAGS | flags.PICTURE_FLAG,

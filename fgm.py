@@ -345,9 +345,9 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     nn.Module with flow_loss(flow, x0, seeds, cond), called right after the flow's own pass, and
     generator_loss(flow, x0, seeds, cond), [B] each, added to the two losses (loss_scale scales the latter,
     too), which trains with the flow (the GAN of appendix B.2).
-    In forward passes (backward: 1 to an input, 2 to weights, too) a step costs 8, or 10 where the players have
-    different t, or with extra, besides its own. With another l1_weight it costs 9, or 10; two_graphs, which
-    then never holds the graphs of teacher and flow together, makes that 10, or 12.
+    In forward passes (backward: 1 to an input, 2 to weights, too) a step costs 8, or 10 where the players
+    have different t, or with extra, besides its own; with another l1_weight 9, or 10. two_graphs, which then
+    never holds the graphs of teacher and flow together, makes that 10, or 12.
     Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
     flow_lr, t_flow, t_generator = lr if flow_lr is None else flow_lr, tuple(t_flow), tuple(t_generator)
     settings = check_settings(

@@ -438,6 +438,7 @@ def test_the_own_network_of_the_readme_trains_alike_on_two_processes(tmp_path, m
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert "steps=2000" in code and "batch=512" in code
     keep = "\nimport os\ntorch.save(generator.state_dict(), os.environ.get('RANK', 'alone') + '.pt')\n"
+    keep += "assert fgm.world_size() == int(os.environ.get('WORLD_SIZE', 1))\n"
     (tmp_path / "own.py").write_text(code.replace("steps=2000", "steps=20") + keep)
     done = drive(tmp_path / "own.py", processes=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
