@@ -118,7 +118,7 @@ def arguments():
         prog="cifar.py",
         description="Train, distil, sample and score a one-step image generator (FGM, arXiv 2410.19310).",
         epilog="The defaults shown are the paper's, but for --lr-warmup and the start, which it does not "
-               "state; the teacher's Adam has a beta1 of 0.9, not 0. --data digits shows those of the digits.")
+               "state; the teacher's Adam has a beta1 of 0.9, not 0. See also --data digits --help.")
     groups = {
         "data": DATA_FLAGS,
         "run": OUT_FLAGS | flags.RUN_FLAGS | flags.PICTURE_FLAG,
