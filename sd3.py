@@ -118,7 +118,7 @@ def settings_of(out):
         settings = run.read_json(path)["settings"]
         kinds = {"model": str, "guidance": float, "height": int, "width": int}
         return {name: kind(settings[name]) for name, kind in kinds.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is damaged: it does not tell the run's model and size") from error
 
 
@@ -300,9 +300,7 @@ def main():
     bf16 = fgm.wants_bf16(args.precision, device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     if args.sample or args.geneval:
-        if fgm.process_rank() == 0:
-            draw_from_run(args, device, dtype)
-        return
+        return run.first_process(lambda: draw_from_run(args, device, dtype))
 
     # The source pipeline, prompts and real images; prompts and images are encoded once.
     source, out = read_source(args, device), open_folder(args.out)

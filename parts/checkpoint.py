@@ -23,6 +23,7 @@ def described(value):
     """A setting as JSON can hold it: an array as lists, a function by its name, a partial by its parts.
 
     Raises InputError for what JSON cannot hold."""
+
     def plain(value):
         if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
             return value.tolist()
@@ -32,7 +33,10 @@ def described(value):
             return getattr(value, "__qualname__", type(value).__qualname__)
         raise InputError(f"a checkpoint cannot keep the setting {value!r}: give numbers, texts, lists, dicts")
 
-    return json.loads(json.dumps(value, default=plain))
+    try:
+        return json.loads(json.dumps(value, default=plain))
+    except TypeError as error:  # of a key
+        raise InputError(f"a checkpoint cannot keep a setting ({error})") from error
 
 
 def state_tensors(learners):

@@ -1,10 +1,11 @@
-"""Files are written atomically: whole, or not at all."""
+"""Files are written atomically: whole, or not at all; a folder is locked."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fgm import InputError
@@ -28,13 +29,17 @@ def atomically(path):
     Raises InputError, naming path, where it cannot be written."""
     from safetensors import SafetensorError
 
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")  # keeps the extension, which tells PIL the format
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    path = Path(os.path.realpath(path))
+    # The process in the name: others may write the same file of a cache. The extension tells PIL the format.
+    temporary, old = path.with_name(f".tmp-{os.getpid()}-{path.name}"), path.with_name(f".old-{path.name}")
+    if old.exists() and not path.exists():  # a process was killed between the two
+        os.replace(old, path)
     try:
         yield temporary
         if temporary.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.replace(path, old)
         else:
             mask = os.umask(0)
             os.umask(mask)
@@ -44,8 +49,12 @@ def atomically(path):
         what = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {path} ({what}); what was there before is untouched") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            for left in (temporary, old):
+                shutil.rmtree(left, ignore_errors=True)
+            temporary.unlink(missing_ok=True)
 
 
 def finite(content):
@@ -70,6 +79,26 @@ def file_digest(path):
     """SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(file):
+    """Whether this process now holds the lock of an open file, which ends with the process.
+
+    Raises OSError or ImportError where files cannot be locked. The one place that knows operating systems."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
 
 
 def reason(error):

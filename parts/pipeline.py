@@ -212,6 +212,8 @@ def latent_shape(folder, size):
     """(channels, height, width) of an image's latent; size: (H, W). Raises InputError if it is too large."""
     config, (height, width) = prompts.described(folder, "transformer").config, size
     scale = 2 ** (len(prompts.described(folder, "vae").config.block_out_channels) - 1)
+    if type(config.pos_embed_max_size) is not int:
+        raise InputError(f"{folder}/transformer/config.json: its pos_embed_max_size is no whole number")
     largest = config.pos_embed_max_size * config.patch_size * scale
     if max(height, width) > largest:
         raise InputError(f"{height}x{width} is larger than {folder} can make: its largest side is {largest}")

@@ -31,7 +31,7 @@ def first_process(work):
         try:
             dist.broadcast_object_list(said, group=group)
         except RuntimeError as error:
-            raise InputError("the first process has gone") from error
+            raise InputError(f"{'the first' if process_rank() else 'another'} process has gone") from error
     if said[1]:
         raise InputError(said[1])
     return said[0]

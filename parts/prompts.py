@@ -200,7 +200,7 @@ class Rows:
                 found = {name: part.get_shape() for name, part in self.slices[-1].items()}
                 if found != expected:
                     raise ValueError(f"{found} instead of {expected}")
-        self.number, self.names = number, [path.name for path in files]
+        self.number, self.names, self.folder = number, [path.name for path in files], files[0].parent
 
     def __len__(self):
         return self.number
@@ -209,6 +209,8 @@ class Rows:
         rows = [(self.slices[i // ROWS_PER_FILE], i % ROWS_PER_FILE) for i in indices.tolist()]
         names = self.slices[0]
         columns = {name: torch.cat([file[name][i : i + 1] for file, i in rows]) for name in names}
+        if not all(column.isfinite().all() for column in columns.values()):
+            raise InputError(f"rows in {self.folder} are not finite: remove it, it is made again")
         return {name: moved(value, self.device) for name, value in columns.items()}
 
 
@@ -300,7 +302,7 @@ def contents(folder, *patterns):
     They are read whole: SD3's text encoders, 11 GB, in 10 to 30 seconds. A collective call."""
     kinds = (".json", ".txt", ".model", ".safetensors")
     found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.suffix in kinds}
-    paths = sorted(path for path in found if path.is_file())
+    paths = sorted(path for path in found if path.is_file() and "fp16" not in path.name)
     return digest_of([[path.relative_to(folder).as_posix() for path in paths],
                       shared(file_digest, paths, "reading the model's files")])
 

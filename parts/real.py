@@ -80,6 +80,7 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
     They are kept in files of 128 in the folder cache, named after what they are made of, by content: what
     exists is not made again, what belongs to an image that has changed is. A collective call. Raises
     InputError, naming the file, for an image that cannot be read, or is of another size."""
+
     def encode(vae, part):
         shift, scale, latents = vae.config.shift_factor, vae.config.scaling_factor, []
         for path in part:
@@ -98,6 +99,6 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
 
     digests = prompts.shared(file_digest, paths, "reading the images")
     parts = [*zip(prompts.files_of(digests), prompts.files_of(paths), strict=True)]
-    made_of = [prompts.contents(folder, "vae/*"), str(dtype)]
+    made_of = [prompts.contents(folder, "vae/*"), str(dtype), list(size)]
     files = prompts.fill(cache, "latents", made_of, parts, load, encode)
     return prompts.Rows(files, len(paths), {"latents": shape}, device)

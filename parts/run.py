@@ -25,8 +25,8 @@ import fgm
 from fgm import Diverged, InputError, gathered, process_rank, world_size
 from parts import checkpoint, progress
 from parts.bars import bar
-from parts.files import atomically, finite, open_folder, save_tensors, write_json
-from parts.processes import first_process, wait_for_first
+from parts.files import atomically, finite, lock, open_folder, save_tensors, write_json
+from parts.processes import first_process, wait_for_first, without_limit
 
 # ---- A command ---------------------------------------------------------------------------------------------
 
@@ -106,6 +106,7 @@ def setup(device=None):
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIME_LIMIT)
+        without_limit()  # now, while all are here
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -224,7 +225,8 @@ class FolderRun(fgm.Run):
     RESULTS = (
         "generator.safetensors", "lora.safetensors", "judge.safetensors", "pipeline/model_index.json",
         "metrics.json", "config.json", "log.jsonl", "progress.png", "samples.png", "one-step.png",
-        "teacher-*-step*.png", "distill-???????.png", "movie/?????????.png", "movie.gif")
+        *(f"teacher-{k}-step{'s' * (k > 1)}.png" for k in (1, 10, 28, 50, 100)), "movie.gif",
+        "distill-" + 7 * "[0-9]" + ".png", "movie/" + 9 * "[0-9]" + ".png")
     locks = {}  # {folder: the open file that is locked}, of this process
 
     def __init__(self, out, resume="same", save_every=1000, log_every=100, picture_every=None, picture=None,
@@ -259,17 +261,21 @@ class FolderRun(fgm.Run):
             self.locks.pop(where).close()
         file = open(self.out / ".lock", "w")
         try:
-            import fcntl  # not on Windows
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise InputError(f"another run is at work in {self.out}: wait, or name another --out") from error
+            free = lock(file)
         except (OSError, ImportError) as error:
+            free = True
             if not self.locks:  # said once
                 print(f"cannot lock {self.out} ({error}): see to it that no other run is at work there",
                       file=sys.stderr)
+        if not free:
+            file.close()
+            raise InputError(f"another run is at work in {self.out}: wait, or name another --out")
         self.locks[where] = file
+        for inner in [path for name in self.RESULTS for path in self.out.glob(name)]:
+            if inner.is_dir():
+                raise InputError(f"{inner} is a folder, where a file is to be written: move it away")
+        for left in self.folder.glob(".tmp-*"):  # by a run that was killed
+            shutil.rmtree(left)
         if self.resume == "no":
             for old in [path for phase in self.PHASES for path in checkpoint.checkpoints(self.folder, phase)]:
                 shutil.rmtree(old)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fgm
-from parts import hub, images, pipeline, prompts, real, run, scores
+from parts import files, hub, images, pipeline, prompts, real, run, scores
 from tiny_sd3 import TRANSFORMER, text_parts, train_vae
 
 CPU = torch.device("cpu")
@@ -471,7 +471,7 @@ def test_a_full_disk_keeps_the_pipeline_before(source, tmp_path, monkeypatch):
     with refused("No space left.*what was there before is untouched"):
         pipeline.export(source, generator, 0, torch.float32, tmp_path)
     assert (tmp_path / "pipeline" / "model_index.json").read_text() == "before"
-    assert not (tmp_path / ".tmp-pipeline").exists()
+    assert not [*tmp_path.glob(".tmp-*"), *tmp_path.glob(".old-*")]
 
 
 # Caches
@@ -570,3 +570,44 @@ def test_files_are_written_atomically(source, tmp_path, monkeypatch):
     pipeline.geneval(tmp_path / "metadata.jsonl", tmp_path / "geneval", lambda texts: torch.zeros(
         len(texts), 3, 8, 8, dtype=torch.uint8))
     assert written == ["metadata.jsonl", "0000.png", "0001.png", "0002.png", "0003.png"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A fault before, between and after the two moves; what a killed process left is taken up."""
+    target, move = tmp_path / "pipeline", os.replace
+
+    def replace(content, fault=None):
+        moves = []
+
+        def watched(source, destination):
+            moves.append(destination)
+            if len(moves) == fault:
+                raise OSError(28, "No space left on device")
+            move(source, destination)
+
+        monkeypatch.setattr(os, "replace", watched)
+        with files.atomically(target) as temporary:
+            temporary.mkdir()
+            (temporary / "a").write_text(content)
+
+    replace("first")
+    for fault in (1, 2):
+        with refused("what was there before is untouched"):
+            replace("second", fault)
+        assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+        assert (target / "a").read_text() == "first"
+    replace("second")
+    assert (target / "a").read_text() == "second" and len([*tmp_path.iterdir()]) == 1
+    move(target, tmp_path / ".old-pipeline")  # killed between the two
+    with refused("another"), files.atomically(target):
+        assert (target / "a").read_text() == "second"
+        raise OSError(5, "another fault")
+
+
+def test_rows_that_are_not_finite_are_refused(tmp_path):
+    path = tmp_path / "latents.safetensors"
+    save_file({"latents": torch.tensor([[1.0], [float("nan")]])}, path)
+    rows = prompts.Rows([path], 2, {"latents": (1,)}, torch.device("cpu"))
+    assert rows(torch.tensor([0]))["latents"].item() == 1
+    with refused("are not finite: remove it"):
+        rows(torch.tensor([0, 1]))

@@ -283,7 +283,8 @@ def test_another_teacher_is_not_taken_for_the_first(finished, tmp_path):
 
 
 def test_starting_again_leaves_nothing_that_an_earlier_run_drew_or_wrote(tmp_path):
-    mine = ["mine.png", "teacher.safetensors", "sample.png", "pipeline/mine.py", "movie/mine.png"]
+    mine = ["mine.png", "teacher.safetensors", "sample.png", "pipeline/mine.py", "movie/mine.png",
+            "movie/mypicture.png", "distill-results.png", "teacher-my-steps.png"]
     results = ["distill-0000500.png", "one-step.png", "teacher-50-steps.png", "lora.safetensors",
                "config.json", "metrics.json", "judge.safetensors", "pipeline/model_index.json",
                "movie/000000166.png"]
