@@ -165,7 +165,7 @@ def fill(cache, what, made_of, parts, load, encode):
     load = functools.cache(load)
 
     def make(i):
-        save_tensors(encode(load(), parts[i][1]), paths[i])
+        save_tensors(encode(load(), parts[i][1]), paths[i], {"name": paths[i].name})
 
     shared(make, missing, f"encoding, for {cache}" if missing else None)
     load.cache_clear()
@@ -198,8 +198,9 @@ class Rows:
             with opened(path) as file:
                 self.slices.append({name: file.get_slice(name) for name in shapes})
                 found = {name: part.get_shape() for name, part in self.slices[-1].items()}
-                if found != expected:
-                    raise ValueError(f"{found} instead of {expected}")
+                name = (file.metadata() or {}).get("name", path.name)
+                if found != expected or name != path.name:
+                    raise ValueError(f"{name}: {found} instead of {path.name}: {expected}")
         self.number, self.names, self.folder = number, [path.name for path in files], files[0].parent
 
     def __len__(self):

@@ -510,6 +510,16 @@ def test_prompts_with_the_same_lines_are_told_apart(source, tmp_path):
     assert not torch.equal(first, second)
 
 
+def test_embeddings_exchanged_between_two_runs_are_noticed(source, tmp_path):
+    found = [prompts.encode_prompts(source, [text], tmp_path / "cache", CPU, torch.float32).names[0]
+             for text in ("7", "8")]
+    first, second = (tmp_path / "cache" / name for name in found)
+    assert first.stat().st_size == second.stat().st_size
+    shutil.copy(second, first)
+    with refused(f"{first.name} is damaged .{second.name}"):
+        prompts.encode_prompts(source, ["7"], tmp_path / "cache", CPU, torch.float32)
+
+
 def wrong_rows(path):
     save_file({name: value[:1] for name, value in load_file(path).items()}, path)
 

@@ -82,7 +82,14 @@ def test_another_image_and_other_latents_of_the_same_name_and_size_are_noticed(m
         return rows(torch.tensor([0]))["latents"], rows.names
 
     before, names = latents()
+    kept = first.read_bytes()
     first.write_bytes(second.read_bytes())
     after, others = latents()
     assert not torch.equal(before, after) and names != others
     assert prompts.digest_of(names) != prompts.digest_of(others)
+    old, new = cache / names[0], cache / others[0]
+    assert old.stat().st_size == new.stat().st_size
+    first.write_bytes(kept)
+    old.write_bytes(new.read_bytes())
+    with pytest.raises(fgm.InputError, match=f"{names[0]} is damaged .{others[0]}: .*it is made again"):
+        latents()
