@@ -361,15 +361,36 @@ def test_sharded_networks_and_replicas_on_two_processes_equal_one(tmp_path, monk
 
 
 def work_alone(folder):
-    """The first process works for longer than the process group waits: alone, in a picture, at the end."""
-    run.TIME_LIMIT = timedelta(seconds=5)
+    """The first process works for longer than the process group waits: alone, in a picture, at the end.
+
+    It knows that it does by an exchange of its own with nobody, which the group's limit, then short, ends."""
     run.setup("cpu")
-    assert run.first_process(lambda: time.sleep(6) or "done") == "done"
+    set_limit = dist.distributed_c10d._set_pg_timeout
+    alone, limit = [dist.new_group() for _ in range(3)], timedelta(seconds=1)
+
+    def outlast(*_):
+        if fgm.process_rank() == 0:
+            group = alone.pop()
+            set_limit(2 * limit, group)
+            with pytest.raises(RuntimeError, match="[Tt]imed out"):
+                dist.barrier(group)
+        return {}
+
+    def within_the_limit(wait):
+        def waiting(*work):
+            set_limit(limit)
+            said = wait(*work)
+            set_limit(run.TIME_LIMIT)
+            return said
+        return waiting
+
+    run.wait_for_first = within_the_limit(run.wait_for_first)
+    assert within_the_limit(run.first_process)(outlast) == {}
     around = run.FolderRun(folder)
-    around.picture = lambda step, generator: time.sleep(6 * (fgm.process_rank() == 0))
+    around.picture = outlast
     distilled(run=around)
-    if fgm.process_rank() == 0:
-        time.sleep(6)
+    outlast()
+    assert fgm.process_rank() or not alone
 
 
 def test_the_others_wait_for_the_first_process_without_a_limit(tmp_path):
