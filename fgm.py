@@ -204,8 +204,6 @@ class OneStepGenerator(nn.Module):
     def __init__(self, net, t_star, c_in=1.0, c_skip=1.0, c_out=None):
         super().__init__()
         check_settings(t_star=t_star, c_in=c_in, c_skip=c_skip, c_out=c_out)
-        if t_star == 0 and c_out is None:
-            raise InputError("t_star 0 needs a c_out above 0: c_out = t_star would leave the network out")
         self.net = net
         self.t_star, self.c_in, self.c_skip = t_star, c_in, c_skip
         self.c_out = t_star if c_out is None else c_out
@@ -349,7 +347,7 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     have different t, or with extra, besides its own; with another l1_weight 9, or 10. two_graphs, which then
     never holds the graphs of teacher and flow together, makes that 10, or 12.
     Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
-    flow_lr, t_flow, t_generator = lr if flow_lr is None else flow_lr, tuple(t_flow), tuple(t_generator)
+    flow_lr = lr if flow_lr is None else flow_lr
     settings = check_settings(
         steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, betas=betas, eps=eps, lr_warmup=lr_warmup,
         lr_decay=lr_decay, clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
@@ -360,7 +358,7 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     device = next(generator.parameters()).device
     bf16 = bf16_passes(precision, device)
     conditions, run = conditions or (lambda seeds: {}), run or Run()
-    shared = t_flow == t_generator and extra is None  # one pass of the flow serves both players
+    shared = tuple(t_flow) == tuple(t_generator) and extra is None  # one pass of the flow serves both players
     followers = {"flow": flow} if extra is None else {"flow": flow, "extra": extra}
     learners = {name: Learner(net, flow_lr, betas, eps, clip) for name, net in followers.items()}
     learners["generator"] = Learner(generator, lr, betas, eps, clip, ema_decay)
@@ -470,7 +468,7 @@ COUNT, POSITIVE, LOGIT_NORMAL = "[1, 1e9]", "(0, 1e9]", ("[-20, 20]", "[0, 20]")
 RANGES = {
     "steps": COUNT, "batch": COUNT, "micro_batch": COUNT, "flow_updates": "[1, 1e3]", "lr_warmup": "[0, 1e9]",
     "lr": POSITIVE, "flow_lr": POSITIVE, "lr_decay": "[0, 1]", "clip": POSITIVE, "seed": "[0, 2147483647]",
-    "ema_decay": "[0, 1)", "t_star": "[0, 1]", "c_in": "(0, 100]", "c_skip": "[0, 100]", "c_out": "(0, 100]",
+    "ema_decay": "[0, 1)", "t_star": "(0, 1]", "c_in": "(0, 100]", "c_skip": "[0, 100]", "c_out": "(0, 100]",
     "l1_weight": "[-10, 10]", "loss_scale": POSITIVE, "t_generator": LOGIT_NORMAL, "t_flow": LOGIT_NORMAL,
     "precision": ["auto", "fp32", "bf16"],
 }
@@ -486,13 +484,17 @@ def check_setting(name, value, allowed, whole=False):
         if value not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         return
-    pairs = zip(value, allowed, strict=True) if isinstance(allowed, tuple) else [(value, allowed)]
-    for number, interval in pairs:
-        low, high = (float(end) for end in interval[1:-1].split(","))
-        at_an_end = interval[0] == "[" and number == low or interval[-1] == "]" and number == high
-        right = isinstance(number, numbers.Integral if whole else numbers.Real)
-        if not right or not (low < number < high or at_an_end):
-            raise InputError(f"{name} must be {'a whole number ' * whole}in {interval}, got {number}")
+    if isinstance(allowed, tuple):
+        if np.shape(value) != (len(allowed),):
+            raise InputError(f"{name} must be {len(allowed)} numbers, got {value!r}")
+        for number, interval in zip(value, allowed, strict=True):
+            check_setting(name, number, interval, whole)
+        return
+    low, high = (float(end) for end in allowed[1:-1].split(","))
+    at_an_end = allowed[0] == "[" and value == low or allowed[-1] == "]" and value == high
+    right = isinstance(value, numbers.Integral if whole else numbers.Real)
+    if not right or not (low < value < high or at_an_end):
+        raise InputError(f"{name} must be {'a whole number ' * whole}in {allowed}, got {value!r}")
 
 
 def check_settings(**settings):
