@@ -13,13 +13,12 @@ def model_folder(model):
     """The local folder of a pipeline; of a hub id's, after its download, for which processes wait in turn.
 
     Raises InputError if it cannot be had or is not a whole SD3 flow-matching pipeline."""
-    if Path(model).is_dir():
-        check_pipeline(Path(model), model)
-        scheduler = read_json(Path(model) / "scheduler" / "scheduler_config.json")
-        if scheduler.get("sigma_max") is not None and scheduler["sigma_max"] == scheduler.get("sigma_min"):
-            raise InputError(f"{model} makes one step: as --model name the one that it was distilled from")
-        return Path(model)
-    return in_the_cache(model) or download(model)
+    folder = Path(model) if Path(model).is_dir() else in_the_cache(model) or download(model)
+    check_pipeline(folder, model)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("sigma_max") is not None and scheduler["sigma_max"] == scheduler.get("sigma_min"):
+        raise InputError(f"{model} makes one step: as --model name the one that it was distilled from")
+    return folder
 
 
 SMALL = ["model_index.json"]
@@ -43,7 +42,7 @@ def in_the_cache(model):
 
 
 def download(model):
-    """model_folder for a hub id that is not in the cache: first what tells its kind, then the weights."""
+    """The folder of a hub id's pipeline: first what tells its kind is downloaded, then the weights."""
     try:
         folder = fetch(model, [*SMALL, "README.md", "LICENSE*"])
         check_kind(folder, model)
@@ -55,5 +54,4 @@ def download(model):
         raise InputError(
             f"{model} is no folder here, and the hub does not give it ({why}); what has come is kept; "
             "without network, `python tiny_sd3.py --out runs/tiny-sd3` makes a small model") from error
-    check_pipeline(folder, model)
     return folder
