@@ -26,6 +26,7 @@ from parts.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
 from parts.images import save_grid, to_uint8
 from parts.mmdit import SD3Velocity
 from parts.pipeline import draw, quiet
+from parts.prompts import encode
 from parts.run import command
 
 TRANSFORMER = dict(
@@ -124,19 +125,16 @@ def train_transformer(pipe, kimg, batch, lr, seed):
     One prompt in ten is empty, for guidance."""
     images, labels, styles = captioned_digits()
     shift, scale = pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor
-    texts = [PROMPTS[i : i + 60] for i in range(0, len(PROMPTS), 60)] + [[""]]
     with torch.no_grad():
         latents = (pipe.vae.encode(images).latent_dist.mean - shift) * scale
-        encoded = [pipe.encode_prompt(part, None, None, do_classifier_free_guidance=False) for part in texts]
-    embeds = torch.cat([part[0] for part in encoded])  # [241, tokens, 64]
-    pooled = torch.cat([part[2] for part in encoded])  # [241, 64]
+    texts = encode(pipe, [*PROMPTS, ""], torch.device("cpu"), torch.float32)
 
     def data(seeds):
         shown.update(len(seeds))
         index, choice = seeds % len(latents), seeds // len(latents)
         prompt = styles[index] * 80 + labels[index] * 8 + choice % 8
         prompt = torch.where(choice // 8 % 10 == 0, len(PROMPTS), prompt)
-        return latents[index], {"encoder_hidden_states": embeds[prompt], "pooled_projections": pooled[prompt]}
+        return latents[index], {name: column[prompt] for name, column in texts.items()}
 
     steps = math.ceil(1000 * kimg / batch)
     with bar("transformer", steps * batch) as shown:
