@@ -124,22 +124,21 @@ def shared(work, items, what):
     """[work(item) for item in items], the items shared by the processes, with a progress bar `what`.
 
     An InputError or OSError of one process is raised as InputError on all. A collective call."""
-    found, error, rank, processes = {}, None, fgm.process_rank(), fgm.world_size()
+    mine, error, processes = [], None, fgm.world_size()
     with bar(what, len(items), unit="files") as shown:
         try:
-            for i in range(rank, len(items), processes):
-                found[i] = work(items[i])
+            for i in range(fgm.process_rank(), len(items), processes):
+                mine.append(work(items[i]))
                 shown.update(min(processes, len(items) - i))
         except (InputError, OSError) as failure:
             error = str(failure)
-    parts = [(found, error)] * processes
+    found = [(mine, error)] * processes
     if processes > 1:
-        dist.all_gather_object(parts, (found, error))
-    for _, error in parts:
+        dist.all_gather_object(found, (mine, error))
+    for _, error in found:
         if error:
             raise InputError(error)
-    found = {i: result for part, _ in parts for i, result in part.items()}
-    return [found[i] for i in range(len(items))]
+    return [found[i % processes][0][i // processes] for i in range(len(items))]
 
 
 def digest_of(content):
