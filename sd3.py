@@ -257,11 +257,11 @@ def score(args, source, embeddings, device, dtype, out):
         "one step": (out / "pipeline", 1, 0)}
     rows, drawn, prompts, miniature = {}, {}, source.prompts, is_miniature(source.folder)
     text = (lambda indices: embeddings(indices % len(prompts))), embeddings.null
-    seeds, batch = [args.seed * 2**32 + i for i in range(args.samples)], 50 if miniature else 4
+    size, batch = (args.height, args.width), 50 if miniature else 4
     for name, (folder, steps, guidance) in samplers.items():
-        size, what = (args.height, args.width), f"scoring: {name}"
+        what = f"scoring: {name}"
         latents, seconds = pipeline.draw_latents(
-            folder, *text, seeds, steps, guidance, size, device, dtype, batch, what)
+            folder, *text, args.samples, steps, guidance, size, device, dtype, args.seed, batch, what)
         images = torch.stack(list(pipeline.decode(folder, latents, device, dtype, what)))
         rows[name] = {"seconds_per_image": seconds / len(images)}
         drawn[name] = images[:240:8] if miniature else images[:8]

@@ -147,15 +147,14 @@ def train_transformer(pipe, kimg, batch, lr, seed):
 
 def save_images(folder):
     """The real digits as PNG files with captions in metadata.jsonl, for sd3.py --real."""
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
     images, labels, styles = captioned_digits()
     open_folder(folder)
     lines = []
     digits = zip(to_uint8(images), labels.tolist(), styles.tolist(), strict=True)
     for i, (image, label, style) in enumerate(digits):
-        pixels = image.permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
-        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+        to_pil_image(image).save(folder / f"{i:04d}.png")
         lines.append(json.dumps({"file_name": f"{i:04d}.png", "text": captions(style, label)[i % 8]}))
     with atomically(folder / "metadata.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
