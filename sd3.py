@@ -36,7 +36,7 @@ import fgm
 from fgm import InputError
 from parts import flags, hub, pipeline, run
 from parts.captions import digit_of, is_miniature, judge
-from parts.card import write_card
+from parts.card import table, write_card
 from parts.files import open_folder
 from parts.flags import COUNT, Setting
 from parts.gan import GAN
@@ -274,20 +274,15 @@ def score(args, source, embeddings, device, dtype, out):
 
 def report(args, rows, coefficients, seconds, out):
     """Write config.json and metrics.json, and print the table."""
-    judged = "pixel_frechet" in rows["one step"]
-    metric = "pixel_frechet" if judged else "seconds_per_image"
+    metric = "pixel_frechet" if "pixel_frechet" in rows["one step"] else "seconds_per_image"
     teacher = {"1": rows["teacher, 1 step"][metric], "28": rows["teacher, 28 steps"][metric]}
     run.write_results(out, {"generator": coefficients, "settings": vars(args)}, {
         "metric": metric, "samples": args.samples, "teacher": teacher, "one_step": rows["one step"][metric],
         "rows": rows, "seconds": seconds})
-    print(f"{args.model}: {args.samples} samples")
-    titles = f"{'prompt followed':>17}{'pixel Frechet distance':>25}" if judged else ""
-    print(f"  {'':20}{titles}{'seconds per image':>19}")
-    for name, row in rows.items():
-        scores = f"{row['following']:17.1%}{row['pixel_frechet']:25.4f}" if judged else ""
-        print(f"  {name:20}{scores}{row['seconds_per_image']:19.4f}")
+    print(f"{args.model}: {args.samples} samples; {metric} of one step: {rows['one step'][metric]:.4f}")
+    print(*table(rows), sep="\n")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"  {spent}; pipeline, pictures and metrics.json in {out}")
+    print(f"{spent}; pipeline, pictures and metrics.json in {out}")
 
 
 # ---- The command -------------------------------------------------------------------------------------------
