@@ -217,11 +217,9 @@ def main():
     parameters = sum(p.numel() for p in transformer.parameters())
     print(f"miniature SD3, {parameters:,} parameters in the transformer; "
           f"28 steps, guidance 4, {len(images)} samples")
-    print(f"  {'VAE, rms error':24}{rms:8.4f}")
-    print(f"  {'prompt followed':24}{following:8.1%}")
-    print(f"  {'pixel Frechet distance':24}{distance:8.4f}")
+    print(f"VAE, rms error {rms:.4f}; prompt followed {following:.1%}; pixel Frechet distance {distance:.4f}")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"  {spent}; pictures in {out}/samples.png")
+    print(f"{spent}; pictures in {out}/samples.png")
 
 
 if __name__ == "__main__":
