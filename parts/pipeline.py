@@ -184,7 +184,7 @@ def draw(folder, texts, steps, guidance, size, device, dtype, seed=0, batch=50, 
 def draw_latents(folder, conditions, null, n, steps, guidance, size, device, dtype, seed, batch, what=None):
     """(n latents [n, 16, h, w], on the CPU; seconds spent drawing), by unmodified diffusers.
 
-    conditions(indices [B]), null: as Embeddings gives them."""
+    conditions(indices [B]), null: as parts.prompts.encoded gives them."""
     with bar(f"loading {folder}"):
         pipe = prompts.load_pipeline(folder, ["transformer"], device, dtype)
     pipe.set_progress_bar_config(disable=True)

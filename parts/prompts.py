@@ -185,12 +185,12 @@ def opened(path):
 
 class Rows:
     """The rows in files of 128, memory-mapped. Called with indices [B], gives {name: [B, *shapes[name]]} on
-    the device.
+    the device. null: a row beside them, {name: [1, *shapes[name]]}, of the empty prompt.
 
     Raises InputError for damaged files."""
 
-    def __init__(self, files, number, shapes, device):
-        self.slices, self.device = [], device
+    def __init__(self, files, number, shapes, device, null=None):
+        self.slices, self.device, self.null = [], device, null
         for i, path in enumerate(files):
             rows = min(ROWS_PER_FILE, number - i * ROWS_PER_FILE)
             expected = {name: [rows, *shape] for name, shape in shapes.items()}
@@ -308,11 +308,12 @@ def contents(folder, *patterns):
 
 
 def encode_prompts(folder, prompts, cache, device, dtype):
-    """The Embeddings of prompts, and of the empty one for guidance, in files of 128 in the folder cache; the
-    encoders are freed then.
+    """Prompts encoded into files of 128 in the folder cache, as Rows of what the network takes:
+    {"encoder_hidden_states": [B, tokens, D], "pooled_projections": [B, P]}; null is the empty prompt's, for
+    guidance, from the first file. The encoders are freed then.
 
     Files that exist are kept, if made of the same prompts by the same encoders and tokenizers (by content),
-    in the same precision; the processes share the work."""
+    in the same precision; the processes share the work. Raises InputError for damaged files."""
     truncated = []  # CLIP's longest text, once for each prompt that is longer
 
     def encode_file(pipe, texts):
@@ -322,16 +323,19 @@ def encode_prompts(folder, prompts, cache, device, dtype):
 
     made_of = [contents(folder, "text_encoder*/*", "tokenizer*/*"), str(dtype)]
     parts = [(texts, texts) for texts in [[""], *files_of(prompts)]]
-    paths = fill(cache, "prompts", made_of, parts, lambda: load_pipeline(folder, ENCODERS, device, dtype),
-                 encode_file)
+    first, *files = fill(cache, "prompts", made_of, parts,
+                         lambda: load_pipeline(folder, ENCODERS, device, dtype), encode_file)
     if truncated:
         message = f"{len(truncated)} prompts are longer than CLIP's {truncated[0]} tokens and were cut there"
         print(message, file=sys.stderr)
-    return Embeddings(paths, len(prompts), device)
+    with opened(first) as file:
+        null = {name: file.get_tensor(name).to(device) for name in CONDITIONS}
+    shapes = {name: value.shape[1:] for name, value in null.items()}
+    return Rows(files, len(prompts), shapes, device, null)
 
 
 def encoded(folder, prompts, device, dtype):
-    """(conditions, null) of prompts, in memory; conditions(indices [B]) and null are those of Embeddings."""
+    """(conditions, null) of prompts, in memory; conditions(indices [B]) and null are as in encode_prompts."""
     texts = list(dict.fromkeys(["", *prompts]))
     places = {text: i for i, text in enumerate(texts)}
     rows = torch.tensor([places[prompt] for prompt in prompts])
@@ -343,17 +347,3 @@ def encoded(folder, prompts, device, dtype):
         return {name: moved(value[rows[indices]], device) for name, value in columns.items()}
 
     return conditions, {name: value[:1].to(device) for name, value in columns.items()}
-
-
-class Embeddings(Rows):
-    """Encoded prompts. Called with indices [B], gives what the network takes, on the device:
-    {"encoder_hidden_states": [B, tokens, D], "pooled_projections": [B, P]}. null: the same of the empty
-    prompt, B = 1, which the first of the files holds.
-
-    Raises InputError for damaged files."""
-
-    def __init__(self, files, number, device):
-        with opened(files[0]) as file:
-            self.null = {name: file.get_tensor(name).to(device) for name in CONDITIONS}
-        shapes = {name: value.shape[1:] for name, value in self.null.items()}
-        super().__init__(files[1:], number, shapes, device)
