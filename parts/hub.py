@@ -6,6 +6,7 @@ from pathlib import Path
 from fgm import InputError
 from parts.files import reason
 from parts.pipeline import COMPONENTS, check_kind, check_pipeline
+from parts.prompts import SUFFIXES
 from parts.run import read_json
 
 
@@ -21,22 +22,20 @@ def model_folder(model):
     return folder
 
 
-SMALL = ["model_index.json"]
-SMALL += [f"{name}/*{suffix}" for name in COMPONENTS for suffix in (".json", ".txt", ".model")]
-ALL = SMALL + [f"{name}/*.safetensors" for name in COMPONENTS]
-
-
-def fetch(model, names, **options):
-    """The folder of a hub id's snapshot in the hub's cache, with the files of these names."""
+def fetch(model, *ignored, **options):
+    """The folder of a hub id's snapshot in the hub's cache, with the pipeline's files but those ignored."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=names, ignore_patterns=["*fp16*"], **options))
+    names = ["model_index.json", "README.md", "LICENSE*"]
+    names += [f"{name}/*{suffix}" for name in COMPONENTS for suffix in SUFFIXES]
+    ignored = ["*fp16*", *ignored]
+    return Path(snapshot_download(model, allow_patterns=names, ignore_patterns=ignored, **options))
 
 
 def in_the_cache(model):
     """The folder of a hub id's pipeline if the hub's cache holds all of it, else None; without network."""
     with suppress(Exception):  # the hub's errors have no common base
-        folder = fetch(model, ALL, local_files_only=True)
+        folder = fetch(model, local_files_only=True)
         check_pipeline(folder, model)
         return folder
 
@@ -44,9 +43,9 @@ def in_the_cache(model):
 def download(model):
     """The folder of a hub id's pipeline: first what tells its kind is downloaded, then the weights."""
     try:
-        folder = fetch(model, [*SMALL, "README.md", "LICENSE*"])
+        folder = fetch(model, "*.safetensors")
         check_kind(folder, model)
-        fetch(model, ALL)
+        fetch(model)
     except InputError:
         raise
     except Exception as error:  # the hub's errors have no common base

@@ -217,6 +217,7 @@ class Rows:
 # ---- Embeddings --------------------------------------------------------------------------------------------
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+SUFFIXES = (".json", ".txt", ".model", ".safetensors")  # of the files that a component is loaded from
 CONDITIONS = ("encoder_hidden_states", "pooled_projections")  # what SD3's transformer calls them
 
 
@@ -300,8 +301,7 @@ def contents(folder, *patterns):
     """A digest of the files of a pipeline that match and that its components are loaded from.
 
     They are read whole: SD3's text encoders, 11 GB, in 10 to 30 seconds. A collective call."""
-    kinds = (".json", ".txt", ".model", ".safetensors")
-    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.suffix in kinds}
+    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.suffix in SUFFIXES}
     paths = sorted(path for path in found if path.is_file() and "fp16" not in path.name)
     return digest_of([[path.relative_to(folder).as_posix() for path in paths],
                       shared(file_digest, paths, "reading the model's files")])
