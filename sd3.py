@@ -105,8 +105,8 @@ def defaults(given):
         return PAPER | found
     if is_miniature(given.model) and not given.paper:
         return TINY
-    known = [scale for name, scale in GUIDANCE.items() if name in Path(given.model).name]
-    return PAPER | {"guidance": known[0] if known else PAPER["guidance"]}
+    known = (scale for name, scale in GUIDANCE.items() if name in Path(given.model).name)
+    return PAPER | {"guidance": next(known, PAPER["guidance"])}
 
 
 def settings_of(out):
@@ -138,8 +138,8 @@ def arguments():
     for title, settings in groups.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     parser.set_defaults(**PAPER)
-    always = {"n": ["sample"], "ode_steps": ["sample", "geneval"]}
-    always |= {"gan_generator": ["real"], "gan_discriminator": ["real"]}
+    always = {"n": ["sample"], "ode_steps": ["sample", "geneval"], "gan_generator": ["real"],
+              "gan_discriminator": ["real"]}
     of_teacher = dict.fromkeys(["model", "guidance", "height", "width"], ["ode_steps"])
     meaningful = [*of_teacher, "ode_steps", "out", "seed", "device", "precision"]
     args = parser.parse_with(

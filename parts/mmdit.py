@@ -12,7 +12,7 @@ from torch import nn
 import fgm
 from parts.pipeline import numbers_in
 from parts.prompts import ENCODERS, described, load_component
-from parts.run import GATHERED_WHOLE, read_json, shard
+from parts.run import GATHERED_WHOLE, shard
 from parts.sizes import check_memory, memory_of
 
 # ---- SD3's transformer as a velocity network ---------------------------------------------------------------
@@ -276,8 +276,7 @@ def print_memory(args, folder, config, shape, bf16, device):
     config: the transformer's; shape: of a latent.
 
     Raises InputError if half of it is more than the device has: it is an estimate."""
-    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json")
-    text_tokens = int(tokenizer.get("model_max_length", 77)) + 256  # CLIP's and T5's
+    text_tokens = 77 + 256  # CLIP's and T5's
     shared = list(args.t_flow) == list(args.t_generator) and not args.real
     together = args.l1_weight != 1 and not args.two_graphs
     processes = fgm.world_size()

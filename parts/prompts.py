@@ -284,17 +284,16 @@ def load_pipeline(folder, networks, device, dtype):
         raise InputError(f"cannot load the pipeline {folder} ({reason(error)})") from error
 
 
+@torch.no_grad()
 def encode(pipe, texts, device, dtype):
     """{condition: tensor} of texts, on the CPU: [N, tokens, D] and [N, P]."""
-    parts = []
+    embeds, pooled = [], []
     for i in range(0, len(texts), 16):
-        with torch.no_grad():
-            embeds, _, pooled, _ = pipe.encode_prompt(
-                texts[i : i + 16], None, None, device=device, do_classifier_free_guidance=False,
-                max_sequence_length=256)
-        parts.append((embeds.to(dtype).cpu(), pooled.to(dtype).cpu()))
-    columns = zip(*parts, strict=True)
-    return {name: torch.cat(column).contiguous() for name, column in zip(CONDITIONS, columns, strict=True)}
+        found = pipe.encode_prompt(texts[i : i + 16], None, None, device=device,
+                                   do_classifier_free_guidance=False, max_sequence_length=256)
+        embeds.append(found[0].to(dtype).cpu())
+        pooled.append(found[2].to(dtype).cpu())
+    return dict(zip(CONDITIONS, (torch.cat(embeds), torch.cat(pooled)), strict=True))
 
 
 def contents(folder, *patterns):
