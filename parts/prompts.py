@@ -76,9 +76,12 @@ THINGS = """
 COLOURS = "red orange yellow green blue purple pink brown black white golden silver".split()
 COUNTS = ("two", "three", "four")
 POSITIONS = ("left of", "right of", "above", "below", "next to", "behind")
+SUBJECTS = (
+    "a {a}", "a {colour} {a}", "{count} {a}s", "a {a} and a {b}", "a {colour} {a} and a {other} {b}",
+    "a {a} {position} a {b}", "{count} {colour} {a}s {position} a {other} {b}")
 SCENES = (
-    "in the snow", "on a beach", "in a forest", "on a street at night", "in a kitchen", "under a starry sky",
-    "on a wooden table", "in the rain", "")
+    " in the snow", " on a beach", " in a forest", " on a street at night", " in a kitchen",
+    " under a starry sky", " on a wooden table", " in the rain", "")
 STYLES = (
     "a photo of {}", "an oil painting of {}", "a watercolour of {}", "a pencil drawing of {}",
     "a photo of {}, highly detailed", "{}, studio light", "{}")
@@ -89,19 +92,11 @@ def grammar(n=8192, seed=0):
     choose, found = random.Random(seed), {}
     while len(found) < n:
         a, b = choose.sample(THINGS, 2)
-        colour_a, colour_b = choose.sample(COLOURS, 2)
-        subjects = (
-            f"a {a}",
-            f"a {colour_a} {a}",
-            f"{choose.choice(COUNTS)} {a}s",
-            f"a {a} and a {b}",
-            f"a {colour_a} {a} and a {colour_b} {b}",
-            f"a {a} {choose.choice(POSITIONS)} a {b}",
-            f"{choose.choice(COUNTS)} {colour_a} {a}s {choose.choice(POSITIONS)} a {colour_b} {b}",
-        )
-        subject = choose.choice(subjects)
-        style = choose.choice(STYLES)
-        found[style.format(f"{subject} {choose.choice(SCENES)}".strip())] = None
+        colour, other = choose.sample(COLOURS, 2)
+        count, position = choose.choice(COUNTS), choose.choice(POSITIONS)
+        subject = choose.choice(SUBJECTS).format(
+            a=a, b=b, colour=colour, other=other, count=count, position=position)
+        found[choose.choice(STYLES).format(subject + choose.choice(SCENES))] = None
     return list(found)
 
 
