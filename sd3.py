@@ -61,39 +61,42 @@ TINY = PAPER | dict(
     lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=1.0, t_generator=(0.0, 2.0), samples=500)
 GUIDANCE = {"turbo": 1.0, "3.5-medium": 4.5, "3.5-large": 3.5}  # by what a model's name holds; see above
 
-MODEL_FLAGS = {
-    "model": Setting(str, None, "hub id, or folder of a StableDiffusion3Pipeline"),
-    "prompts": Setting(str, None, "txt or jsonl (default: the model's prompts.txt, or a built-in grammar)",
-                       metavar="FILE"),
-    "embeddings": Setting(str, None, "cache of encoded prompts (default: OUT/embeddings)", metavar="DIR"),
-    "height": Setting(int, COUNT, "of the images, in pixels"),
-    "width": Setting(int, COUNT, "of the images, in pixels"),
-}
-RUN_FLAGS = {"out": Setting(str, None, "output folder"), **flags.RUN_FLAGS, **flags.PICTURE_FLAG}
-RECIPE_FLAGS = {
-    "paper": Setting(bool, None, "the paper's settings, not the miniature's, on a miniature too"),
-    "checkpointing": Setting(argparse.BooleanOptionalAction, None,
-                             "recompute activations in the backward pass (default: on a GPU)"),
-}
-METHOD_FLAGS = {
-    "lora": Setting(int, COUNT, "one base and two LoRA adapters, not three networks; lora.safetensors works "
-                                "with the scheduler of OUT/pipeline alone", metavar="RANK"),
-    "guidance": Setting(float, "[1, 1000]", "classifier-free guidance of the teacher; 1: none"),
-    "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
-}
-GAN_FLAGS = {
-    "real": Setting(str, None, "real images, captions in metadata.jsonl, .csv or NAME.txt; turns the GAN on",
-                    metavar="DIR"),
-    "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss, both per element"),
-    "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss, both per element"),
-}
-SCORE_FLAGS = {
-    "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
-    "sample": Setting(str, None, "draw images of PROMPT from the run in OUT", metavar="PROMPT"),
-    "n": Setting(int, "[1, 1e6]", "number of images for --sample"),
-    "ode_steps": Setting(int, COUNT, "draw from the run's teacher with K steps and guidance", metavar="K"),
-    "geneval": Setting(str, None, "draw 4 images per prompt into OUT/geneval, laid out for GenEval's scorer",
-                       metavar="METADATA.jsonl"),
+FLAGS = {  # by their group in --help
+    "model and prompts": {
+        "model": Setting(str, None, "hub id, or folder of a StableDiffusion3Pipeline"),
+        "prompts": Setting(str, None, "txt or jsonl (default: the model's prompts.txt or a built-in grammar)",
+                           metavar="FILE"),
+        "embeddings": Setting(str, None, "cache of encoded prompts (default: OUT/embeddings)", metavar="DIR"),
+        "height": Setting(int, COUNT, "of the images, in pixels"),
+        "width": Setting(int, COUNT, "of the images, in pixels"),
+    },
+    "run": {
+        "out": Setting(str, None, "output folder"), **flags.RUN_FLAGS, **flags.PICTURE_FLAG,
+        "paper": Setting(bool, None, "the paper's settings, not the miniature's, on a miniature too"),
+        "checkpointing": Setting(argparse.BooleanOptionalAction, None,
+                                 "recompute activations in the backward pass (default: on a GPU)"),
+    },
+    "distillation (on a GPU the default micro-batch is 4)": {
+        "lora": Setting(int, COUNT, "one base and two LoRA adapters, not three networks; lora.safetensors "
+                                    "works with the scheduler of OUT/pipeline alone", metavar="RANK"),
+        "guidance": Setting(float, "[1, 1000]", "classifier-free guidance of the teacher; 1: none"),
+        "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
+        **flags.DISTILLATION_FLAGS,
+    },
+    "GAN (appendix B.2)": {
+        "real": Setting(str, None, "real images, captions in metadata.jsonl, .csv or NAME.txt; turns the GAN "
+                                   "on", metavar="DIR"),
+        "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss, both per element"),
+        "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss, both per element"),
+    },
+    "scores, and drawing samples from a finished run": {
+        "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
+        "sample": Setting(str, None, "draw images of PROMPT from the run in OUT", metavar="PROMPT"),
+        "n": Setting(int, "[1, 1e6]", "number of images for --sample"),
+        "ode_steps": Setting(int, COUNT, "draw from the run's teacher in K steps with guidance", metavar="K"),
+        "geneval": Setting(str, None, "draw 4 images per prompt into OUT/geneval, laid out for GenEval's "
+                                      "scorer", metavar="METADATA.jsonl"),
+    },
 }
 
 
@@ -128,14 +131,7 @@ def arguments():
         description="Distil Stable Diffusion 3 into a one-step pipeline (FGM, arXiv 2410.19310).",
         epilog="The defaults are the paper's, but for what it does not give: --kimg, --ema, t in the GAN "
                "(--t-flow), intervals, samples. With a folder of tiny_sd3.py in --model, the miniature's.")
-    groups = {
-        "model and prompts": MODEL_FLAGS,
-        "run": RUN_FLAGS | RECIPE_FLAGS,
-        "distillation (on a GPU the default micro-batch is 4)": METHOD_FLAGS | flags.DISTILLATION_FLAGS,
-        "GAN (appendix B.2)": GAN_FLAGS,
-        "scores, and drawing samples from a finished run": SCORE_FLAGS,
-    }
-    for title, settings in groups.items():
+    for title, settings in FLAGS.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     parser.set_defaults(**PAPER)
     always = {"n": ["sample"], "ode_steps": ["sample", "geneval"], "gan_generator": ["real"],
