@@ -43,15 +43,13 @@ def clip_parts(words):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
-    pieces, merges = letters + [letter + "</w>" for letter in letters], []
-    for word in words:  # letter by letter from the front, so that every word becomes one piece
-        for i in range(1, len(word)):
-            end = word[i] + "</w>" * (i + 1 == len(word))
-            merges.append((word[:i], end))
-            pieces.append(word[:i] + end)
-    merges, pieces = list(dict.fromkeys(merges)), [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    # Letter by letter from the front, so that every word becomes one piece.
+    merges = [(word[:i], word[i] + "</w>" * (i + 1 == len(word)))
+              for word in words for i in range(1, len(word))]
+    pieces = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)])
+    pieces = [*pieces, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=16)
     config = CLIPTextConfig(
         vocab_size=len(pieces), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, projection_dim=32, max_position_embeddings=16,

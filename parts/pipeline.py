@@ -5,7 +5,6 @@ import math
 import shutil
 import time
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -175,7 +174,7 @@ def draw(folder, texts, steps, guidance, size, device, dtype, seed=0, batch=50, 
 
     Text encoders, transformer and VAE are on the device in turn. Image i depends on (seed, i, its text)
     alone. what: the title of progress bars. Raises InputError if the pipeline cannot be loaded."""
-    check_pipeline(Path(folder), folder)
+    check_pipeline(folder, folder)
     encoded, n = prompts.encoded(folder, texts, device, dtype), len(texts)
     latents, _ = draw_latents(folder, *encoded, n, steps, guidance, size, device, dtype, seed, batch, what)
     return decode(folder, latents, device, dtype, what)

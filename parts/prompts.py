@@ -247,12 +247,12 @@ def load_component(folder, name, dtype):
     precision = {"torch_dtype" if diffuses else "dtype": dtype}  # diffusers 0.36 passes over "dtype"
     try:
         network, loading = kind_of(name).from_pretrained(
-            Path(folder) / name, use_safetensors=True, output_loading_info=True, **precision)
+            folder / name, use_safetensors=True, output_loading_info=True, **precision)
     except Exception as error:  # the libraries raise what they like
-        raise InputError(f"cannot load {Path(folder) / name} ({reason(error)})") from error
+        raise InputError(f"cannot load {folder / name} ({reason(error)})") from error
     missing = sorted(loading["missing_keys"])
     if missing:
-        raise InputError(f"{Path(folder) / name} lacks {len(missing)} of its weights, {missing[0]} the first")
+        raise InputError(f"{folder / name} lacks {len(missing)} of its weights, {missing[0]} the first")
     return network
 
 
@@ -266,10 +266,9 @@ def load_pipeline(folder, networks, device, dtype):
     """A StableDiffusion3Pipeline with these of its networks. Raises InputError if they cannot be loaded."""
     from diffusers import StableDiffusion3Pipeline
 
-    parts = {path.name for path in Path(folder).iterdir()}  # T5 and its tokenizer may be absent
-    loaded = {name: None for name in ("transformer", "vae", *ENCODERS)}
-    loaded |= {name: load_component(folder, name, dtype) for name in networks if name in parts}
-    loaded |= {name: None for name in {"tokenizer_3"} - parts}
+    there = {path.name for path in folder.iterdir()}  # T5 and its tokenizer may be absent
+    loaded = dict.fromkeys(["transformer", "vae", *ENCODERS, *({"tokenizer_3"} - there)])
+    loaded |= {name: load_component(folder, name, dtype) for name in networks if name in there}
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, **loaded, use_safetensors=True).to(device)
         if pipe.transformer is None:  # without T5 it is asked for the width of a text
@@ -295,7 +294,7 @@ def contents(folder, *patterns):
     """A digest of the files of a pipeline that match and that its components are loaded from.
 
     They are read whole: SD3's text encoders, 11 GB, in 10 to 30 seconds. A collective call."""
-    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.suffix in SUFFIXES}
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.suffix in SUFFIXES}
     paths = sorted(path for path in found if path.is_file() and "fp16" not in path.name)
     return digest_of([[path.relative_to(folder).as_posix() for path in paths],
                       shared(file_digest, paths, "reading the model's files")])
