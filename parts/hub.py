@@ -14,7 +14,7 @@ def model_folder(model):
     """The local folder of a pipeline; of a hub id's, after its download, for which processes wait in turn.
 
     Raises InputError if it cannot be had or is not a whole SD3 flow-matching pipeline."""
-    folder = Path(model) if Path(model).is_dir() else in_the_cache(model) or download(model)
+    folder = Path(model) if Path(model).is_dir() else hub_folder(model)
     check_pipeline(folder, model)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if scheduler.get("sigma_max") is not None and scheduler["sigma_max"] == scheduler.get("sigma_min"):
@@ -32,23 +32,20 @@ def fetch(model, *ignored, **options):
     return Path(snapshot_download(model, allow_patterns=names, ignore_patterns=ignored, **options))
 
 
-def in_the_cache(model):
-    """The folder of a hub id's pipeline if the hub's cache holds all of it, else None; without network."""
+def hub_folder(model):
+    """The folder of a hub id's pipeline, without network if the hub's cache holds all of it. Otherwise first
+    what tells its kind is downloaded, then the weights."""
     with suppress(Exception):  # the hub's errors have no common base
         folder = fetch(model, local_files_only=True)
         check_pipeline(folder, model)
         return folder
-
-
-def download(model):
-    """The folder of a hub id's pipeline: first what tells its kind is downloaded, then the weights."""
     try:
         folder = fetch(model, "*.safetensors")
         check_kind(folder, model)
         fetch(model)
     except InputError:
         raise
-    except Exception as error:  # the hub's errors have no common base
+    except Exception as error:
         why = f"{type(error).__name__}: {reason(error)}"
         raise InputError(
             f"{model} is no folder here, and the hub does not give it ({why}); what has come is kept; "
