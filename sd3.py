@@ -215,13 +215,13 @@ def make_gan(args, source, device, dtype, out):
     return gan
 
 
-def make_run(args, source, teacher, embeddings, gan, device, bf16, out):
+def make_run(args, source, teacher, embeddings, gan, device, dtype, out):
     """The run in OUT: its pictures, its score, and what a resumed run must share with it."""
     prompts, few = source.prompts, min(args.samples, 32)
 
     def draw(sampler, n, first=0):
         """Latents [n, 16, h, w] of n prompts from all over the list, noise by seeds first, first + 1, ..."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), torch.no_grad():
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
             return torch.cat([
                 sampler(run.noise_from(i + first, source.shape, device), **embeddings(i * len(prompts) // n))
                 for i in torch.arange(n).split(args.micro_batch or n)])
@@ -231,8 +231,7 @@ def make_run(args, source, teacher, embeddings, gan, device, bf16, out):
 
     folder_run = run.folder_run(args, out)
     folder_run.picture = pipeline.pictures(
-        source.folder, out, teacher, draw, few, torch.bfloat16 if bf16 else torch.float32,
-        judged if is_miniature(source.folder) else None)
+        source.folder, out, teacher, draw, few, dtype, judged if is_miniature(source.folder) else None)
     folder_run.fingerprint = {
         "model": str(args.model), "lora": args.lora, "prompts": digest_of(prompts), "guidance": args.guidance,
         "height": args.height, "width": args.width, "real": args.real,
@@ -308,7 +307,7 @@ def main():
     generator, distill_seconds = fgm.distill(
         teacher, fgm.OneStepGenerator(net, args.t_star, args.c_in), flow, source.shape, eps=1e-6, extra=gan,
         conditions=lambda seeds: embeddings(seeds % len(source.prompts)),
-        run=make_run(args, source, teacher, embeddings, gan, device, bf16, out),
+        run=make_run(args, source, teacher, embeddings, gan, device, dtype, out),
         **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
 
     # The files, and the scores.
