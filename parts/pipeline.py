@@ -112,11 +112,9 @@ def merge_lora(weights, generator):
 
     patch = weights["pos_embed.proj.weight"].float()  # [D, 16, 2, 2]
     inputs = patch[0].numel()  # 64
-    down = torch.eye(inputs).view(inputs, *patch.shape[1:])  # [64, 64] -> [64, 16, 2, 2]
-    up = ((generator.c_in - 1) * patch).reshape(len(patch), inputs, 1, 1)  # [D, 16, 2, 2] -> [D, 64, 1, 1]
-    lora["transformer.pos_embed.proj.lora_A.weight"] = down
-    lora["transformer.pos_embed.proj.lora_B.weight"] = up
-    rank = len(lora[f"transformer.{generator.net.paths[0]}.lora_A.weight"])
+    name, rank = "transformer.pos_embed.proj", len(down)
+    lora[f"{name}.lora_A.weight"] = torch.eye(inputs).view(inputs, *patch.shape[1:])  # [64, 16, 2, 2]
+    lora[f"{name}.lora_B.weight"] = ((generator.c_in - 1) * patch).reshape(-1, inputs, 1, 1)  # [D, 64, 1, 1]
     config = {"r": rank, "lora_alpha": rank, "target_modules": [*generator.net.paths, "pos_embed.proj"]}
     config |= {"rank_pattern": {"pos_embed.proj": inputs}, "alpha_pattern": {"pos_embed.proj": inputs}}
     adapter = json.dumps({f"transformer.{name}": value for name, value in config.items()})

@@ -76,9 +76,9 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
     """Latents of image files of size (H, W) by the pipeline's VAE, scaled as SD3 scales them: Rows of
     {"latents": shape}.
 
-    They are kept in files of 128 in the folder cache, named after what they are made of, by content: what
-    exists is not made again, what belongs to an image that has changed is. A collective call. Raises
-    InputError, naming the file, for an image that cannot be read, or is of another size."""
+    They are kept in files of 128 in the folder cache, and made again for images, a VAE or a size that have
+    changed (see prompts.fill). A collective call. Raises InputError, naming the file, for an image that is
+    not readable or of another size."""
     from torchvision.transforms.functional import pil_to_tensor
 
     def encode(vae, part):
