@@ -79,13 +79,9 @@ def text_parts():
     clip_config, clip_tokenizer = clip_parts(words)
     t5_config, t5_tokenizer = t5_parts(words)
     return {
-        "text_encoder": CLIPTextModelWithProjection(clip_config).eval(),
-        "tokenizer": clip_tokenizer,
-        "text_encoder_2": CLIPTextModelWithProjection(clip_config).eval(),
-        "tokenizer_2": clip_tokenizer,
-        "text_encoder_3": T5EncoderModel(t5_config).eval(),
-        "tokenizer_3": t5_tokenizer,
-    }
+        "text_encoder": CLIPTextModelWithProjection(clip_config).eval(), "tokenizer": clip_tokenizer,
+        "text_encoder_2": CLIPTextModelWithProjection(clip_config).eval(), "tokenizer_2": clip_tokenizer,
+        "text_encoder_3": T5EncoderModel(t5_config).eval(), "tokenizer_3": t5_tokenizer}
 
 
 # ---- The parts that are trained: VAE and transformer -------------------------------------------------------

@@ -163,8 +163,7 @@ def networks(folder, lora_rank, checkpointing, bf16, device, keep_features=False
     online flow. What never trains is held in bfloat16 where the passes are (bf16); what trains in float32."""
 
     def load(dtype, keep_features):
-        transformer = load_component(folder, "transformer", dtype)
-        return SD3Velocity(transformer.to(device), keep_features)
+        return SD3Velocity(load_component(folder, "transformer", dtype).to(device), keep_features)
 
     frozen_dtype = torch.bfloat16 if bf16 else torch.float32
     if lora_rank:
@@ -175,7 +174,6 @@ def networks(folder, lora_rank, checkpointing, bf16, device, keep_features=False
         teacher = load(frozen_dtype, False).requires_grad_(False)
         velocities = (teacher, load(torch.float32, keep_features), load(torch.float32, False))
     for velocity in velocities:
-        velocity.eval()
         if checkpointing:
             checkpoint_blocks(velocity.net)
         shard(velocity, velocity.net.transformer_blocks, bf16)
