@@ -146,20 +146,20 @@ def files_of(items):
     return [items[i : i + ROWS_PER_FILE] for i in range(0, len(items), ROWS_PER_FILE)]
 
 
-def fill(cache, what, made_of, parts, load, encode):
+def fill(cache, what, made_of, keys, parts, load, encode):
     """The paths of files in the folder cache, one for each part: encode(load(), part), a dict of tensors with
     one row per item.
 
-    parts: [(key, part)]. A file is named after `what`, its number and what decides its content: the part's
-    key, and made_of for all. So what exists is not made again, and what has changed is. The processes share
-    the work; what load() gives is made once on each. A collective call."""
-    cache, keys = open_folder(cache), [digest_of([made_of, key])[:16] for key, _ in parts]
-    paths = [cache / f"{what}-{i:06d}-{key}.safetensors" for i, key in enumerate(keys)]
+    A file is named after `what`, its number and what decides its content: its part's key and made_of.
+    So what exists is not made again, and what has changed is. The processes share the work; what load() gives
+    is made once on each. A collective call."""
+    cache, digests = open_folder(cache), [digest_of([made_of, key])[:16] for key in keys]
+    paths = [cache / f"{what}-{i:06d}-{digest}.safetensors" for i, digest in enumerate(digests)]
     missing = first_process(lambda: [i for i, path in enumerate(paths) if not path.exists()])
     load = functools.cache(load)
 
     def make(i):
-        save_tensors(encode(load(), parts[i][1]), paths[i], {"name": paths[i].name})
+        save_tensors(encode(load(), parts[i]), paths[i], {"name": paths[i].name})
 
     shared(make, missing, f"encoding, for {cache}" if missing else None)
     load.cache_clear()
@@ -294,8 +294,8 @@ def contents(folder, *patterns):
     """A digest of the files of a pipeline that match and that its components are loaded from.
 
     They are read whole: SD3's text encoders, 11 GB, in 10 to 30 seconds. A collective call."""
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.suffix in SUFFIXES}
-    paths = sorted(path for path in found if path.is_file() and "fp16" not in path.name)
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern)
+                   if path.suffix in SUFFIXES and "fp16" not in path.name)
     return digest_of([[path.relative_to(folder).as_posix() for path in paths],
                       shared(file_digest, paths, "reading the model's files")])
 
@@ -315,8 +315,8 @@ def encode_prompts(folder, prompts, cache, device, dtype):
         return encode(pipe, texts, device, dtype)
 
     made_of = [contents(folder, "text_encoder*/*", "tokenizer*/*"), str(dtype)]
-    parts = [(texts, texts) for texts in [[""], *files_of(prompts)]]
-    first, *files = fill(cache, "prompts", made_of, parts,
+    parts = [[""], *files_of(prompts)]
+    first, *files = fill(cache, "prompts", made_of, parts, parts,
                          lambda: load_pipeline(folder, ENCODERS, device, dtype), encode_file)
     if truncated:
         message = f"{len(truncated)} prompts are longer than CLIP's {truncated[0]} tokens and were cut there"

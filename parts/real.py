@@ -95,8 +95,8 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
         return {"latents": torch.cat(latents)}  # 128 x [1, 16, h, w] -> [128, 16, h, w]
 
     digests = prompts.shared(file_digest, paths, "reading the images")
-    parts = [*zip(prompts.files_of(digests), prompts.files_of(paths), strict=True)]
+    keys, parts = prompts.files_of(digests), prompts.files_of(paths)
     made_of = [prompts.contents(folder, "vae/*"), str(dtype), list(size)]
-    files = prompts.fill(cache, "latents", made_of, parts,
+    files = prompts.fill(cache, "latents", made_of, keys, parts,
                          lambda: prompts.load_component(folder, "vae", torch.float32).to(device), encode)
     return prompts.Rows(files, len(paths), {"latents": shape}, device)
