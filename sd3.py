@@ -36,7 +36,7 @@ import fgm
 from fgm import InputError
 from parts import flags, hub, pipeline, run
 from parts.captions import digit_of, is_miniature, judge
-from parts.card import write_card
+from parts.card import table, write_card
 from parts.files import open_folder
 from parts.flags import COUNT, Setting
 from parts.gan import GAN
@@ -61,39 +61,42 @@ TINY = PAPER | dict(
     lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=1.0, t_generator=(0.0, 2.0), samples=500)
 GUIDANCE = {"turbo": 1.0, "3.5-medium": 4.5, "3.5-large": 3.5}  # by what a model's name holds; see above
 
-MODEL_FLAGS = {
-    "model": Setting(str, None, "hub id, or folder of a StableDiffusion3Pipeline"),
-    "prompts": Setting(str, None, "txt or jsonl (default: the model's prompts.txt, or a built-in grammar)",
-                       metavar="FILE"),
-    "embeddings": Setting(str, None, "cache of encoded prompts (default: OUT/embeddings)", metavar="DIR"),
-    "height": Setting(int, COUNT, "of the images, in pixels"),
-    "width": Setting(int, COUNT, "of the images, in pixels"),
-}
-RUN_FLAGS = {"out": Setting(str, None, "output folder"), **flags.RUN_FLAGS, **flags.PICTURE_FLAG}
-RECIPE_FLAGS = {
-    "paper": Setting(bool, None, "the paper's settings, not the miniature's, on a miniature too"),
-    "checkpointing": Setting(argparse.BooleanOptionalAction, None,
-                             "recompute activations in the backward pass (default: on a GPU)"),
-}
-METHOD_FLAGS = {
-    "lora": Setting(int, COUNT, "one base and two LoRA adapters, not three networks; lora.safetensors works "
-                                "with the scheduler of OUT/pipeline alone", metavar="RANK"),
-    "guidance": Setting(float, "[1, 1000]", "classifier-free guidance of the teacher; 1: none"),
-    "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
-}
-GAN_FLAGS = {
-    "real": Setting(str, None, "real images, captions in metadata.jsonl, .csv or NAME.txt; turns the GAN on",
-                    metavar="DIR"),
-    "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss, both per element"),
-    "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss, both per element"),
-}
-SCORE_FLAGS = {
-    "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
-    "sample": Setting(str, None, "draw images of PROMPT from the run in OUT", metavar="PROMPT"),
-    "n": Setting(int, "[1, 1e6]", "number of images for --sample"),
-    "ode_steps": Setting(int, COUNT, "draw from the run's teacher with K steps and guidance", metavar="K"),
-    "geneval": Setting(str, None, "draw 4 images per prompt into OUT/geneval, laid out for GenEval's scorer",
-                       metavar="METADATA.jsonl"),
+FLAGS = {  # by their group in --help
+    "model and prompts": {
+        "model": Setting(str, None, "hub id, or folder of a StableDiffusion3Pipeline"),
+        "prompts": Setting(str, None, "txt or jsonl (default: the model's prompts.txt or a built-in grammar)",
+                           metavar="FILE"),
+        "embeddings": Setting(str, None, "cache of encoded prompts (default: OUT/embeddings)", metavar="DIR"),
+        "height": Setting(int, COUNT, "of the images, in pixels"),
+        "width": Setting(int, COUNT, "of the images, in pixels"),
+    },
+    "run": {
+        "out": Setting(str, None, "output folder"), **flags.RUN_FLAGS, **flags.PICTURE_FLAG,
+        "paper": Setting(bool, None, "the paper's settings, not the miniature's, on a miniature too"),
+        "checkpointing": Setting(argparse.BooleanOptionalAction, None,
+                                 "recompute activations in the backward pass (default: on a GPU)"),
+    },
+    "distillation (on a GPU the default micro-batch is 4)": {
+        "lora": Setting(int, COUNT, "one base and two LoRA adapters, not three networks; lora.safetensors "
+                                    "works with the scheduler of OUT/pipeline alone", metavar="RANK"),
+        "guidance": Setting(float, "[1, 1000]", "classifier-free guidance of the teacher; 1: none"),
+        "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
+        **flags.DISTILLATION_FLAGS,
+    },
+    "GAN (appendix B.2)": {
+        "real": Setting(str, None, "real images, captions in metadata.jsonl, .csv or NAME.txt; turns the GAN "
+                                   "on", metavar="DIR"),
+        "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss, both per element"),
+        "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss, both per element"),
+    },
+    "scores, and drawing samples from a finished run": {
+        "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
+        "sample": Setting(str, None, "draw images of PROMPT from the run in OUT", metavar="PROMPT"),
+        "n": Setting(int, "[1, 1e6]", "number of images for --sample"),
+        "ode_steps": Setting(int, COUNT, "draw from the run's teacher in K steps with guidance", metavar="K"),
+        "geneval": Setting(str, None, "draw 4 images per prompt into OUT/geneval, laid out for GenEval's "
+                                      "scorer", metavar="METADATA.jsonl"),
+    },
 }
 
 
@@ -105,8 +108,8 @@ def defaults(given):
         return PAPER | found
     if is_miniature(given.model) and not given.paper:
         return TINY
-    known = [scale for name, scale in GUIDANCE.items() if name in Path(given.model).name]
-    return PAPER | {"guidance": known[0] if known else PAPER["guidance"]}
+    known = (scale for name, scale in GUIDANCE.items() if name in Path(given.model).name)
+    return PAPER | {"guidance": next(known, PAPER["guidance"])}
 
 
 def settings_of(out):
@@ -128,18 +131,11 @@ def arguments():
         description="Distil Stable Diffusion 3 into a one-step pipeline (FGM, arXiv 2410.19310).",
         epilog="The defaults are the paper's, but for what it does not give: --kimg, --ema, t in the GAN "
                "(--t-flow), intervals, samples. With a folder of tiny_sd3.py in --model, the miniature's.")
-    groups = {
-        "model and prompts": MODEL_FLAGS,
-        "run": RUN_FLAGS | RECIPE_FLAGS,
-        "distillation (on a GPU the default micro-batch is 4)": METHOD_FLAGS | flags.DISTILLATION_FLAGS,
-        "GAN (appendix B.2)": GAN_FLAGS,
-        "scores, and drawing samples from a finished run": SCORE_FLAGS,
-    }
-    for title, settings in groups.items():
+    for title, settings in FLAGS.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     parser.set_defaults(**PAPER)
-    always = {"n": ["sample"], "ode_steps": ["sample", "geneval"]}
-    always |= {"gan_generator": ["real"], "gan_discriminator": ["real"]}
+    always = {"n": ["sample"], "ode_steps": ["sample", "geneval"], "gan_generator": ["real"],
+              "gan_discriminator": ["real"]}
     of_teacher = dict.fromkeys(["model", "guidance", "height", "width"], ["ode_steps"])
     meaningful = [*of_teacher, "ode_steps", "out", "seed", "device", "precision"]
     args = parser.parse_with(
@@ -219,13 +215,13 @@ def make_gan(args, source, device, dtype, out):
     return gan
 
 
-def make_run(args, source, teacher, embeddings, gan, device, bf16, out):
+def make_run(args, source, teacher, embeddings, gan, device, dtype, out):
     """The run in OUT: its pictures, its score, and what a resumed run must share with it."""
     prompts, few = source.prompts, min(args.samples, 32)
 
     def draw(sampler, n, first=0):
         """Latents [n, 16, h, w] of n prompts from all over the list, noise by seeds first, first + 1, ..."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), torch.no_grad():
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
             return torch.cat([
                 sampler(run.noise_from(i + first, source.shape, device), **embeddings(i * len(prompts) // n))
                 for i in torch.arange(n).split(args.micro_batch or n)])
@@ -235,8 +231,7 @@ def make_run(args, source, teacher, embeddings, gan, device, bf16, out):
 
     folder_run = run.folder_run(args, out)
     folder_run.picture = pipeline.pictures(
-        source.folder, out, teacher, draw, few, torch.bfloat16 if bf16 else torch.float32,
-        judged if is_miniature(source.folder) else None)
+        source.folder, out, teacher, draw, few, dtype, judged if is_miniature(source.folder) else None)
     folder_run.fingerprint = {
         "model": str(args.model), "lora": args.lora, "prompts": digest_of(prompts), "guidance": args.guidance,
         "height": args.height, "width": args.width, "real": args.real,
@@ -257,11 +252,11 @@ def score(args, source, embeddings, device, dtype, out):
         "one step": (out / "pipeline", 1, 0)}
     rows, drawn, prompts, miniature = {}, {}, source.prompts, is_miniature(source.folder)
     text = (lambda indices: embeddings(indices % len(prompts))), embeddings.null
-    seeds, batch = [args.seed * 2**32 + i for i in range(args.samples)], 50 if miniature else 4
+    size, batch = (args.height, args.width), 50 if miniature else 4
     for name, (folder, steps, guidance) in samplers.items():
-        size, what = (args.height, args.width), f"scoring: {name}"
+        what = f"scoring: {name}"
         latents, seconds = pipeline.draw_latents(
-            folder, *text, seeds, steps, guidance, size, device, dtype, batch, what)
+            folder, *text, args.samples, steps, guidance, size, device, dtype, args.seed, batch, what)
         images = torch.stack(list(pipeline.decode(folder, latents, device, dtype, what)))
         rows[name] = {"seconds_per_image": seconds / len(images)}
         drawn[name] = images[:240:8] if miniature else images[:8]
@@ -274,20 +269,15 @@ def score(args, source, embeddings, device, dtype, out):
 
 def report(args, rows, coefficients, seconds, out):
     """Write config.json and metrics.json, and print the table."""
-    judged = "pixel_frechet" in rows["one step"]
-    metric = "pixel_frechet" if judged else "seconds_per_image"
+    metric = "pixel_frechet" if "pixel_frechet" in rows["one step"] else "seconds_per_image"
     teacher = {"1": rows["teacher, 1 step"][metric], "28": rows["teacher, 28 steps"][metric]}
     run.write_results(out, {"generator": coefficients, "settings": vars(args)}, {
         "metric": metric, "samples": args.samples, "teacher": teacher, "one_step": rows["one step"][metric],
         "rows": rows, "seconds": seconds})
-    print(f"{args.model}: {args.samples} samples")
-    titles = f"{'prompt followed':>17}{'pixel Frechet distance':>25}" if judged else ""
-    print(f"  {'':20}{titles}{'seconds per image':>19}")
-    for name, row in rows.items():
-        scores = f"{row['following']:17.1%}{row['pixel_frechet']:25.4f}" if judged else ""
-        print(f"  {name:20}{scores}{row['seconds_per_image']:19.4f}")
+    print(f"{args.model}: {args.samples} samples; {metric} of one step: {rows['one step'][metric]:.4f}")
+    print(*table(rows), sep="\n")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"  {spent}; pipeline, pictures and metrics.json in {out}")
+    print(f"{spent}; pipeline, pictures and metrics.json in {out}")
 
 
 # ---- The command -------------------------------------------------------------------------------------------
@@ -317,7 +307,7 @@ def main():
     generator, distill_seconds = fgm.distill(
         teacher, fgm.OneStepGenerator(net, args.t_star, args.c_in), flow, source.shape, eps=1e-6, extra=gan,
         conditions=lambda seeds: embeddings(seeds % len(source.prompts)),
-        run=make_run(args, source, teacher, embeddings, gan, device, bf16, out),
+        run=make_run(args, source, teacher, embeddings, gan, device, dtype, out),
         **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
 
     # The files, and the scores.

@@ -26,6 +26,7 @@ from parts.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
 from parts.images import save_grid, to_uint8
 from parts.mmdit import SD3Velocity
 from parts.pipeline import draw, quiet
+from parts.prompts import encode
 from parts.run import command
 
 TRANSFORMER = dict(
@@ -42,15 +43,13 @@ def clip_parts(words):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
-    pieces, merges = letters + [letter + "</w>" for letter in letters], []
-    for word in words:  # letter by letter from the front, so that every word becomes one piece
-        for i in range(1, len(word)):
-            end = word[i] + "</w>" * (i + 1 == len(word))
-            merges.append((word[:i], end))
-            pieces.append(word[:i] + end)
-    merges, pieces = list(dict.fromkeys(merges)), [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    # Letter by letter from the front, so that every word becomes one piece.
+    merges = [(word[:i], word[i] + "</w>" * (i + 1 == len(word)))
+              for word in words for i in range(1, len(word))]
+    pieces = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)])
+    pieces = [*pieces, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=16)
     config = CLIPTextConfig(
         vocab_size=len(pieces), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, projection_dim=32, max_position_embeddings=16,
@@ -80,13 +79,9 @@ def text_parts():
     clip_config, clip_tokenizer = clip_parts(words)
     t5_config, t5_tokenizer = t5_parts(words)
     return {
-        "text_encoder": CLIPTextModelWithProjection(clip_config).eval(),
-        "tokenizer": clip_tokenizer,
-        "text_encoder_2": CLIPTextModelWithProjection(clip_config).eval(),
-        "tokenizer_2": clip_tokenizer,
-        "text_encoder_3": T5EncoderModel(t5_config).eval(),
-        "tokenizer_3": t5_tokenizer,
-    }
+        "text_encoder": CLIPTextModelWithProjection(clip_config).eval(), "tokenizer": clip_tokenizer,
+        "text_encoder_2": CLIPTextModelWithProjection(clip_config).eval(), "tokenizer_2": clip_tokenizer,
+        "text_encoder_3": T5EncoderModel(t5_config).eval(), "tokenizer_3": t5_tokenizer}
 
 
 # ---- The parts that are trained: VAE and transformer -------------------------------------------------------
@@ -124,19 +119,16 @@ def train_transformer(pipe, kimg, batch, lr, seed):
     One prompt in ten is empty, for guidance."""
     images, labels, styles = captioned_digits()
     shift, scale = pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor
-    texts = [PROMPTS[i : i + 60] for i in range(0, len(PROMPTS), 60)] + [[""]]
     with torch.no_grad():
         latents = (pipe.vae.encode(images).latent_dist.mean - shift) * scale
-        encoded = [pipe.encode_prompt(part, None, None, do_classifier_free_guidance=False) for part in texts]
-    embeds = torch.cat([part[0] for part in encoded])  # [241, tokens, 64]
-    pooled = torch.cat([part[2] for part in encoded])  # [241, 64]
+    texts = encode(pipe, [*PROMPTS, ""], torch.device("cpu"), torch.float32)
 
     def data(seeds):
         shown.update(len(seeds))
         index, choice = seeds % len(latents), seeds // len(latents)
         prompt = styles[index] * 80 + labels[index] * 8 + choice % 8
         prompt = torch.where(choice // 8 % 10 == 0, len(PROMPTS), prompt)
-        return latents[index], {"encoder_hidden_states": embeds[prompt], "pooled_projections": pooled[prompt]}
+        return latents[index], {name: column[prompt] for name, column in texts.items()}
 
     steps = math.ceil(1000 * kimg / batch)
     with bar("transformer", steps * batch) as shown:
@@ -149,15 +141,14 @@ def train_transformer(pipe, kimg, batch, lr, seed):
 
 def save_images(folder):
     """The real digits as PNG files with captions in metadata.jsonl, for sd3.py --real."""
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
     images, labels, styles = captioned_digits()
     open_folder(folder)
     lines = []
     digits = zip(to_uint8(images), labels.tolist(), styles.tolist(), strict=True)
     for i, (image, label, style) in enumerate(digits):
-        pixels = image.permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
-        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+        to_pil_image(image).save(folder / f"{i:04d}.png")
         lines.append(json.dumps({"file_name": f"{i:04d}.png", "text": captions(style, label)[i % 8]}))
     with atomically(folder / "metadata.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
@@ -220,11 +211,9 @@ def main():
     parameters = sum(p.numel() for p in transformer.parameters())
     print(f"miniature SD3, {parameters:,} parameters in the transformer; "
           f"28 steps, guidance 4, {len(images)} samples")
-    print(f"  {'VAE, rms error':24}{rms:8.4f}")
-    print(f"  {'prompt followed':24}{following:8.1%}")
-    print(f"  {'pixel Frechet distance':24}{distance:8.4f}")
+    print(f"VAE, rms error {rms:.4f}; prompt followed {following:.1%}; pixel Frechet distance {distance:.4f}")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"  {spent}; pictures in {out}/samples.png")
+    print(f"{spent}; pictures in {out}/samples.png")
 
 
 if __name__ == "__main__":

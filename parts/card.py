@@ -5,14 +5,6 @@ from pathlib import Path
 
 from parts.files import atomically
 
-CALL = """```python
-from diffusers import StableDiffusion3Pipeline
-
-pipe = StableDiffusion3Pipeline.from_pretrained("this folder")
-image = pipe("a red fox in the snow", height={height}, width={width}, num_inference_steps=1,
-             guidance_scale=0).images[0]
-```"""
-
 
 def table(rows):
     """{sampler: {score: value}} as the lines of a Markdown table."""
@@ -40,18 +32,24 @@ def write_card(folder, settings, generator, prompts, rows, out):
     names = ("batch", "lr", "flow_lr", "guidance", "l1_weight", "loss_scale", "lora", "seed")
     given = [f"{name.replace('_', ' ')} {settings[name]}" for name in names if settings[name] is not None]
     images = "real images for the GAN" if settings["real"] else "no images"
-    t_star, c_in = generator["t_star"], generator["c_in"]
-    size = f"{settings['height']} x {settings['width']}"
+    height, width = settings["height"], settings["width"]
     text = f"""# {Path(model).name} in one step
 
 {model}, distilled by Flow Generator Matching (arXiv 2410.19310): one network evaluation, no guidance.
 
-{CALL.format(**settings)}
+```python
+from diffusers import StableDiffusion3Pipeline
 
-- t* = {t_star}, the scheduler's only sigma; c_in = {c_in}, in the weights of the patch embedding.
+pipe = StableDiffusion3Pipeline.from_pretrained("this folder")
+image = pipe("a red fox in the snow", height={height}, width={width}, num_inference_steps=1,
+             guidance_scale=0).images[0]
+```
+
+- t* = {generator['t_star']}, the scheduler's only sigma; c_in = {generator['c_in']}, in the weights of the
+  patch embedding.
 - Needs diffusers 0.33 or newer: 0.31 and older pass over the scheduler's sigma without a word.
 - Trained on the velocities of {model} for {prompts} prompts, and on {images}: {settings['kimg']:g} thousand
-  samples of {size} pixels; {', '.join(given)}.
+  samples of {height} x {width} pixels; {', '.join(given)}.
 
 Scores on {settings['samples']} prompts:
 """

@@ -18,16 +18,13 @@ class GAN(nn.Module):
 
     t is drawn from the flow's own, low-noise distribution. In the flow's update the features of generated
     data are those of the pass that the flow loss has just made, flow.features at flow.t; those of real data,
-    and the generator's, are flow.features_of(x, t, **cond). The paper states no reduction; the weights 1e-2
-    and 5e-2 are taken per element, as arXiv 2405.14867, which it follows, averages both losses:
+    and the generator's, are flow.features_of(x, t, **cond). The paper states no reduction; arXiv 2405.14867,
+    which it follows, averages FGM's loss and the GAN's over the D numbers of a sample. Ours are sums, so that
+    the GAN's gets the factor D: FGM / D + weight * GAN, D times. Summed over its logits instead (1 / 256 of D
+    at SD3's patch size), its gradient at x0 would be about a thousandth of L2's.
 
-        FGM / D + weight * GAN   is, D times,   FGM + D * weight * GAN,   D numbers in a sample.
-
-    Our losses are sums over the D dimensions, hence the factor D here. Each number of x0 then feels both with
-    a strength that does not depend on the size; summed over the logits instead (1 / 256 of D at SD3's patch
-    size), the GAN's gradient at x0 would be about a thousandth of L2's. real(seeds) -> (x0 [B, ...], cond):
-    the real data that int64 seeds [B] choose. Features are maps [B, width, h, w], or tokens [B, h w, width]
-    of a grid (h, w)."""
+    real(seeds) -> (x0 [B, ...], cond): the real data that int64 seeds [B] choose. Features are maps
+    [B, width, h, w], or tokens [B, h w, width] of a grid (h, w)."""
 
     def __init__(self, width, real, t_gan, generator_weight=1e-2, discriminator_weight=5e-2, grid=None):
         super().__init__()

@@ -6,6 +6,7 @@ from pathlib import Path
 from fgm import InputError
 from parts.files import reason
 from parts.pipeline import COMPONENTS, check_kind, check_pipeline
+from parts.prompts import SUFFIXES
 from parts.run import read_json
 
 
@@ -13,47 +14,40 @@ def model_folder(model):
     """The local folder of a pipeline; of a hub id's, after its download, for which processes wait in turn.
 
     Raises InputError if it cannot be had or is not a whole SD3 flow-matching pipeline."""
-    if Path(model).is_dir():
-        check_pipeline(Path(model), model)
-        scheduler = read_json(Path(model) / "scheduler" / "scheduler_config.json")
-        if scheduler.get("sigma_max") is not None and scheduler["sigma_max"] == scheduler.get("sigma_min"):
-            raise InputError(f"{model} makes one step: as --model name the one that it was distilled from")
-        return Path(model)
-    return in_the_cache(model) or download(model)
+    folder = Path(model) if Path(model).is_dir() else hub_folder(model)
+    check_pipeline(folder, model)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("sigma_max") is not None and scheduler["sigma_max"] == scheduler.get("sigma_min"):
+        raise InputError(f"{model} makes one step: as --model name the one that it was distilled from")
+    return folder
 
 
-SMALL = ["model_index.json"]
-SMALL += [f"{name}/*{suffix}" for name in COMPONENTS for suffix in (".json", ".txt", ".model")]
-ALL = SMALL + [f"{name}/*.safetensors" for name in COMPONENTS]
-
-
-def fetch(model, names, **options):
-    """The folder of a hub id's snapshot in the hub's cache, with the files of these names."""
+def fetch(model, *ignored, **options):
+    """The folder of a hub id's snapshot in the hub's cache, with the pipeline's files but those ignored."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=names, ignore_patterns=["*fp16*"], **options))
+    names = ["model_index.json", "README.md", "LICENSE*"]
+    names += [f"{name}/*{suffix}" for name in COMPONENTS for suffix in SUFFIXES]
+    ignored = ["*fp16*", *ignored]
+    return Path(snapshot_download(model, allow_patterns=names, ignore_patterns=ignored, **options))
 
 
-def in_the_cache(model):
-    """The folder of a hub id's pipeline if the hub's cache holds all of it, else None; without network."""
+def hub_folder(model):
+    """The folder of a hub id's pipeline, without network if the hub's cache holds all of it. Otherwise first
+    what tells its kind is downloaded, then the weights."""
     with suppress(Exception):  # the hub's errors have no common base
-        folder = fetch(model, ALL, local_files_only=True)
+        folder = fetch(model, local_files_only=True)
         check_pipeline(folder, model)
         return folder
-
-
-def download(model):
-    """model_folder for a hub id that is not in the cache: first what tells its kind, then the weights."""
     try:
-        folder = fetch(model, [*SMALL, "README.md", "LICENSE*"])
+        folder = fetch(model, "*.safetensors")
         check_kind(folder, model)
-        fetch(model, ALL)
+        fetch(model)
     except InputError:
         raise
-    except Exception as error:  # the hub's errors have no common base
+    except Exception as error:
         why = f"{type(error).__name__}: {reason(error)}"
         raise InputError(
             f"{model} is no folder here, and the hub does not give it ({why}); what has come is kept; "
             "without network, `python tiny_sd3.py --out runs/tiny-sd3` makes a small model") from error
-    check_pipeline(folder, model)
     return folder

@@ -12,7 +12,7 @@ from torch import nn
 import fgm
 from parts.pipeline import numbers_in
 from parts.prompts import ENCODERS, described, load_component
-from parts.run import GATHERED_WHOLE, read_json, shard
+from parts.run import GATHERED_WHOLE, shard
 from parts.sizes import check_memory, memory_of
 
 # ---- SD3's transformer as a velocity network ---------------------------------------------------------------
@@ -67,47 +67,45 @@ class SD3Velocity(nn.Module):
 # ---- One base, two adapters --------------------------------------------------------------------------------
 
 
+ADAPTERS = ("flow", "generator")
+SWITCH = {"on": None}  # which of them all LoRALinear layers add
+
+
 @contextlib.contextmanager
-def switched(switch, name):
+def switched(name):
     """Within, the adapter `name` (None: no adapter) is on."""
-    before, switch["on"] = switch["on"], name
+    before, SWITCH["on"] = SWITCH["on"], name
     try:
         yield
     finally:
-        switch["on"] = before
+        SWITCH["on"] = before
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus up(down(x)) of the adapter that is switched on (arXiv 2106.09685, alpha =
-    rank).
+    """A frozen linear layer plus up(down(x)) of the adapter that is on (arXiv 2106.09685, alpha = rank)."""
 
-    switch: {"on": name or None}, shared by all layers."""
-
-    def __init__(self, base, lora_rank, names, switch):
+    def __init__(self, base, lora_rank):
         super().__init__()
-        self.base, self.switch = base, switch
-        inputs, outputs = base.in_features, base.out_features
-        self.down = nn.ModuleDict({name: nn.Linear(inputs, lora_rank, bias=False) for name in names})
-        self.up = nn.ModuleDict({name: nn.Linear(lora_rank, outputs, bias=False) for name in names})
-        for name in names:
+        self.base, inputs, outputs = base, base.in_features, base.out_features
+        self.down = nn.ModuleDict({name: nn.Linear(inputs, lora_rank, bias=False) for name in ADAPTERS})
+        self.up = nn.ModuleDict({name: nn.Linear(lora_rank, outputs, bias=False) for name in ADAPTERS})
+        for name in ADAPTERS:
             nn.init.normal_(self.down[name].weight, std=inputs**-0.5)
             nn.init.zeros_(self.up[name].weight)
 
     def forward(self, x):
-        y, on = self.base(x), self.switch["on"]
+        y, on = self.base(x), SWITCH["on"]
         return y if on is None else y + self.up[on](self.down[on](x))
 
 
-def add_lora(transformer, lora_rank, names=("flow", "generator")):
+def add_lora(transformer, lora_rank):
     """Freeze a transformer; give every linear layer of its blocks' attention and feed-forward parts a LoRA
-    pair for each name. Returns the switch of LoRALinear."""
-    switch = {"on": None}
+    pair for each adapter."""
     transformer.requires_grad_(False)
     for block in transformer.transformer_blocks:
         for path, module in list(block.named_modules()):
             if isinstance(module, nn.Linear) and not path.startswith("norm"):
-                block.set_submodule(path, LoRALinear(module, lora_rank, names, switch))
-    return switch
+                block.set_submodule(path, LoRALinear(module, lora_rank))
 
 
 class Adapter(nn.Module):
@@ -115,10 +113,10 @@ class Adapter(nn.Module):
 
     Its parameters are those of its adapter alone; paths are the linear layers that these belong to."""
 
-    def __init__(self, velocity, switch, name):
+    def __init__(self, velocity, name):
         super().__init__()
         self.shared = [velocity]  # in a list, so that the shared weights are nobody's parameters
-        self.switch, self.name = switch, name
+        self.name = name
         modules = velocity.net.named_modules() if name else ()
         pairs = {path: module for path, module in modules if isinstance(module, LoRALinear)}
         self.paths = list(pairs)
@@ -126,7 +124,7 @@ class Adapter(nn.Module):
         self.up = nn.ModuleList(module.up[name] for module in pairs.values())
 
     def forward(self, x, t, **cond):
-        with switched(self.switch, self.name):
+        with switched(self.name):
             return self.shared[0](x, t, **cond)
 
     def compile(self, **settings):
@@ -136,21 +134,21 @@ class Adapter(nn.Module):
     t = property(lambda self: self.shared[0].t)
 
     def features_of(self, x, t, **cond):
-        with switched(self.switch, self.name):
+        with switched(self.name):
             return self.shared[0].features_of(x, t, **cond)
 
 
 # ---- The three networks of Algorithm 1 ---------------------------------------------------------------------
 
 
-def checkpoint_blocks(transformer, switch):
+def checkpoint_blocks(transformer):
     """Recompute each block in the backward pass, with the adapter that was on in the forward pass."""
 
     def checkpointed(block, *inputs):
-        name = switch["on"]
+        name = SWITCH["on"]
 
         def recompute(*inputs):
-            with switched(switch, name):
+            with switched(name):
                 return block(*inputs)
 
         return torch.utils.checkpoint.checkpoint(recompute, *inputs, use_reentrant=False)
@@ -165,26 +163,21 @@ def networks(folder, lora_rank, checkpointing, bf16, device, keep_features=False
     online flow. What never trains is held in bfloat16 where the passes are (bf16); what trains in float32."""
 
     def load(dtype, keep_features):
-        transformer = load_component(folder, "transformer", dtype)
-        return SD3Velocity(transformer.to(device), keep_features)
+        return SD3Velocity(load_component(folder, "transformer", dtype).to(device), keep_features)
 
     frozen_dtype = torch.bfloat16 if bf16 else torch.float32
     if lora_rank:
         shared = load(frozen_dtype, keep_features)
-        switch = add_lora(shared.net, lora_rank)
-        shared.to(device)
-        velocities = (shared,)
+        add_lora(shared.net, lora_rank)
+        velocities = (shared.to(device),)
     else:
-        switch = {"on": None}
         teacher = load(frozen_dtype, False).requires_grad_(False)
         velocities = (teacher, load(torch.float32, keep_features), load(torch.float32, False))
     for velocity in velocities:
-        velocity.eval()
         if checkpointing:
-            checkpoint_blocks(velocity.net, switch)
+            checkpoint_blocks(velocity.net)
         shard(velocity, velocity.net.transformer_blocks, bf16)
-    names = (None, "flow", "generator")
-    return tuple(Adapter(shared, switch, name) for name in names) if lora_rank else velocities
+    return tuple(Adapter(shared, name) for name in (None, *ADAPTERS)) if lora_rank else velocities
 
 
 # ---- The memory of a step ----------------------------------------------------------------------------------
@@ -212,8 +205,8 @@ def memory_estimate(config, lora_rank, checkpointing, bf16, micro_batch, height,
         weights = trained = sum(p.numel() for p in net.parameters())
         places = sum(buffer.numel() for buffer in net.buffers())  # the table of positions
         if lora_rank:
-            add_lora(net, lora_rank, ("flow",))
-            trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            add_lora(net, lora_rank)
+            trained = sum(p.numel() for p in net.parameters() if p.requires_grad) // len(ADAPTERS)
     if 4 * weights < GATHERED_WHOLE:
         processes = 1  # each holds a replica
     number = 2 if bf16 else 4  # bytes of an activation, and of a frozen weight
@@ -281,8 +274,7 @@ def print_memory(args, folder, config, shape, bf16, device):
     config: the transformer's; shape: of a latent.
 
     Raises InputError if half of it is more than the device has: it is an estimate."""
-    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json")
-    text_tokens = int(tokenizer.get("model_max_length", 77)) + 256  # CLIP's and T5's
+    text_tokens = 77 + 256  # CLIP's and T5's
     shared = list(args.t_flow) == list(args.t_generator) and not args.real
     together = args.l1_weight != 1 and not args.two_graphs
     processes = fgm.world_size()

@@ -5,7 +5,6 @@ import math
 import shutil
 import time
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -113,11 +112,9 @@ def merge_lora(weights, generator):
 
     patch = weights["pos_embed.proj.weight"].float()  # [D, 16, 2, 2]
     inputs = patch[0].numel()  # 64
-    down = torch.eye(inputs).view(inputs, *patch.shape[1:])  # [64, 64] -> [64, 16, 2, 2]
-    up = ((generator.c_in - 1) * patch).reshape(len(patch), inputs, 1, 1)  # [D, 16, 2, 2] -> [D, 64, 1, 1]
-    lora["transformer.pos_embed.proj.lora_A.weight"] = down
-    lora["transformer.pos_embed.proj.lora_B.weight"] = up
-    rank = len(lora[f"transformer.{generator.net.paths[0]}.lora_A.weight"])
+    name, rank = "transformer.pos_embed.proj", len(down)
+    lora[f"{name}.lora_A.weight"] = torch.eye(inputs).view(inputs, *patch.shape[1:])  # [64, 16, 2, 2]
+    lora[f"{name}.lora_B.weight"] = ((generator.c_in - 1) * patch).reshape(-1, inputs, 1, 1)  # [D, 64, 1, 1]
     config = {"r": rank, "lora_alpha": rank, "target_modules": [*generator.net.paths, "pos_embed.proj"]}
     config |= {"rank_pattern": {"pos_embed.proj": inputs}, "alpha_pattern": {"pos_embed.proj": inputs}}
     adapter = json.dumps({f"transformer.{name}": value for name, value in config.items()})
@@ -175,24 +172,23 @@ def draw(folder, texts, steps, guidance, size, device, dtype, seed=0, batch=50, 
 
     Text encoders, transformer and VAE are on the device in turn. Image i depends on (seed, i, its text)
     alone. what: the title of progress bars. Raises InputError if the pipeline cannot be loaded."""
-    check_pipeline(Path(folder), folder)
-    seeds = [seed * 2**32 + i for i in range(len(texts))]
-    encoded = prompts.encoded(folder, texts, device, dtype)
-    latents, _ = draw_latents(folder, *encoded, seeds, steps, guidance, size, device, dtype, batch, what)
+    check_pipeline(folder, folder)
+    encoded, n = prompts.encoded(folder, texts, device, dtype), len(texts)
+    latents, _ = draw_latents(folder, *encoded, n, steps, guidance, size, device, dtype, seed, batch, what)
     return decode(folder, latents, device, dtype, what)
 
 
-def draw_latents(folder, conditions, null, seeds, steps, guidance, size, device, dtype, batch=50, what=None):
-    """(latents [N, 16, h, w] of N seeds, on the CPU; seconds spent drawing), by unmodified diffusers.
+def draw_latents(folder, conditions, null, n, steps, guidance, size, device, dtype, seed, batch, what=None):
+    """(n latents [n, 16, h, w], on the CPU; seconds spent drawing), by unmodified diffusers.
 
-    conditions(indices [B]), null: as Embeddings gives them, for index i and seed seeds[i]."""
+    conditions(indices [B]), null: as parts.prompts.encoded gives them."""
     with bar(f"loading {folder}"):
         pipe = prompts.load_pipeline(folder, ["transformer"], device, dtype)
     pipe.set_progress_bar_config(disable=True)
     shape, found, began = latent_shape(folder, size), [], time.perf_counter()
-    for i in batches(len(seeds), batch, what):
-        noise = noise_from(torch.tensor(seeds[i : i + batch]), shape, device).to(dtype)
-        cond = conditions(torch.arange(i, i + len(noise)))
+    for i in batches(n, batch, what):
+        indices = torch.arange(i, min(i + batch, n))
+        noise, cond = noise_from(seed * 2**32 + indices, shape, device).to(dtype), conditions(indices)
         texts = {"prompt_embeds": cond["encoder_hidden_states"],
                  "pooled_prompt_embeds": cond["pooled_projections"]}
         if guidance > 1:
@@ -269,7 +265,7 @@ def geneval(metadata, target, draw):
     """Four images for each line of METADATA.jsonl in GenEval's folder layout: NNNNN/metadata.jsonl and
     NNNNN/samples/0000.png to 0003.png. draw(prompts) -> images [3, H, W]. Raises InputError if it holds no
     prompts."""
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
     def pick(record):
         return record, prompts.text_of(record["prompt"])
@@ -281,12 +277,11 @@ def geneval(metadata, target, draw):
     for old in target.glob("[0-9]" * 5):  # the scorer takes every folder that it finds
         shutil.rmtree(old)
     for i, image in enumerate(images):
-        folder = open_folder(target / f"{i // 4:05d}")
+        folder = target / f"{i // 4:05d}"
         samples = open_folder(folder / "samples")
         if i % 4 == 0:
             with atomically(folder / "metadata.jsonl") as temporary:
                 temporary.write_text(json.dumps(lines[i // 4][0]) + "\n")
-        pixels = image.permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
         with atomically(samples / f"{i % 4:04d}.png") as temporary:
-            Image.fromarray(pixels).save(temporary)
+            to_pil_image(image).save(temporary)
     print(f"{len(lines)} prompts, 4 images each, in {target}")

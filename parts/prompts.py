@@ -76,9 +76,12 @@ THINGS = """
 COLOURS = "red orange yellow green blue purple pink brown black white golden silver".split()
 COUNTS = ("two", "three", "four")
 POSITIONS = ("left of", "right of", "above", "below", "next to", "behind")
+SUBJECTS = (
+    "a {a}", "a {colour} {a}", "{count} {a}s", "a {a} and a {b}", "a {colour} {a} and a {other} {b}",
+    "a {a} {position} a {b}", "{count} {colour} {a}s {position} a {other} {b}")
 SCENES = (
-    "in the snow", "on a beach", "in a forest", "on a street at night", "in a kitchen", "under a starry sky",
-    "on a wooden table", "in the rain", "")
+    " in the snow", " on a beach", " in a forest", " on a street at night", " in a kitchen",
+    " under a starry sky", " on a wooden table", " in the rain", "")
 STYLES = (
     "a photo of {}", "an oil painting of {}", "a watercolour of {}", "a pencil drawing of {}",
     "a photo of {}, highly detailed", "{}, studio light", "{}")
@@ -89,19 +92,11 @@ def grammar(n=8192, seed=0):
     choose, found = random.Random(seed), {}
     while len(found) < n:
         a, b = choose.sample(THINGS, 2)
-        colour_a, colour_b = choose.sample(COLOURS, 2)
-        subjects = (
-            f"a {a}",
-            f"a {colour_a} {a}",
-            f"{choose.choice(COUNTS)} {a}s",
-            f"a {a} and a {b}",
-            f"a {colour_a} {a} and a {colour_b} {b}",
-            f"a {a} {choose.choice(POSITIONS)} a {b}",
-            f"{choose.choice(COUNTS)} {colour_a} {a}s {choose.choice(POSITIONS)} a {colour_b} {b}",
-        )
-        subject = choose.choice(subjects)
-        style = choose.choice(STYLES)
-        found[style.format(f"{subject} {choose.choice(SCENES)}".strip())] = None
+        colour, other = choose.sample(COLOURS, 2)
+        count, position = choose.choice(COUNTS), choose.choice(POSITIONS)
+        subject = choose.choice(SUBJECTS).format(
+            a=a, b=b, colour=colour, other=other, count=count, position=position)
+        found[choose.choice(STYLES).format(subject + choose.choice(SCENES))] = None
     return list(found)
 
 
@@ -124,22 +119,21 @@ def shared(work, items, what):
     """[work(item) for item in items], the items shared by the processes, with a progress bar `what`.
 
     An InputError or OSError of one process is raised as InputError on all. A collective call."""
-    found, error, rank, processes = {}, None, fgm.process_rank(), fgm.world_size()
+    mine, error, processes = [], None, fgm.world_size()
     with bar(what, len(items), unit="files") as shown:
         try:
-            for i in range(rank, len(items), processes):
-                found[i] = work(items[i])
+            for i in range(fgm.process_rank(), len(items), processes):
+                mine.append(work(items[i]))
                 shown.update(min(processes, len(items) - i))
         except (InputError, OSError) as failure:
             error = str(failure)
-    parts = [(found, error)] * processes
+    found = [(mine, error)] * processes
     if processes > 1:
-        dist.all_gather_object(parts, (found, error))
-    for _, error in parts:
+        dist.all_gather_object(found, (mine, error))
+    for _, error in found:
         if error:
             raise InputError(error)
-    found = {i: result for part, _ in parts for i, result in part.items()}
-    return [found[i] for i in range(len(items))]
+    return [found[i % processes][0][i // processes] for i in range(len(items))]
 
 
 def digest_of(content):
@@ -152,20 +146,20 @@ def files_of(items):
     return [items[i : i + ROWS_PER_FILE] for i in range(0, len(items), ROWS_PER_FILE)]
 
 
-def fill(cache, what, made_of, parts, load, encode):
+def fill(cache, what, made_of, keys, parts, load, encode):
     """The paths of files in the folder cache, one for each part: encode(load(), part), a dict of tensors with
     one row per item.
 
-    parts: [(key, part)]. A file is named after `what`, its number and what decides its content: the part's
-    key, and made_of for all. So what exists is not made again, and what has changed is. The processes share
-    the work; what load() gives is made once on each. A collective call."""
-    cache, keys = open_folder(cache), [digest_of([made_of, key])[:16] for key, _ in parts]
-    paths = [cache / f"{what}-{i:06d}-{key}.safetensors" for i, key in enumerate(keys)]
+    A file is named after `what`, its number and what decides its content: its part's key and made_of.
+    So what exists is not made again, and what has changed is. The processes share the work; what load() gives
+    is made once on each. A collective call."""
+    cache, digests = open_folder(cache), [digest_of([made_of, key])[:16] for key in keys]
+    paths = [cache / f"{what}-{i:06d}-{digest}.safetensors" for i, digest in enumerate(digests)]
     missing = first_process(lambda: [i for i, path in enumerate(paths) if not path.exists()])
     load = functools.cache(load)
 
     def make(i):
-        save_tensors(encode(load(), parts[i][1]), paths[i], {"name": paths[i].name})
+        save_tensors(encode(load(), parts[i]), paths[i], {"name": paths[i].name})
 
     shared(make, missing, f"encoding, for {cache}" if missing else None)
     load.cache_clear()
@@ -186,12 +180,12 @@ def opened(path):
 
 class Rows:
     """The rows in files of 128, memory-mapped. Called with indices [B], gives {name: [B, *shapes[name]]} on
-    the device.
+    the device. null: a row beside them, {name: [1, *shapes[name]]}, of the empty prompt.
 
     Raises InputError for damaged files."""
 
-    def __init__(self, files, number, shapes, device):
-        self.slices, self.device = [], device
+    def __init__(self, files, number, shapes, device, null=None):
+        self.slices, self.device, self.null = [], device, null
         for i, path in enumerate(files):
             rows = min(ROWS_PER_FILE, number - i * ROWS_PER_FILE)
             expected = {name: [rows, *shape] for name, shape in shapes.items()}
@@ -218,6 +212,7 @@ class Rows:
 # ---- Embeddings --------------------------------------------------------------------------------------------
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+SUFFIXES = (".json", ".txt", ".model", ".safetensors")  # of the files that a component is loaded from
 CONDITIONS = ("encoder_hidden_states", "pooled_projections")  # what SD3's transformer calls them
 
 
@@ -252,12 +247,12 @@ def load_component(folder, name, dtype):
     precision = {"torch_dtype" if diffuses else "dtype": dtype}  # diffusers 0.36 passes over "dtype"
     try:
         network, loading = kind_of(name).from_pretrained(
-            Path(folder) / name, use_safetensors=True, output_loading_info=True, **precision)
+            folder / name, use_safetensors=True, output_loading_info=True, **precision)
     except Exception as error:  # the libraries raise what they like
-        raise InputError(f"cannot load {Path(folder) / name} ({reason(error)})") from error
+        raise InputError(f"cannot load {folder / name} ({reason(error)})") from error
     missing = sorted(loading["missing_keys"])
     if missing:
-        raise InputError(f"{Path(folder) / name} lacks {len(missing)} of its weights, {missing[0]} the first")
+        raise InputError(f"{folder / name} lacks {len(missing)} of its weights, {missing[0]} the first")
     return network
 
 
@@ -271,10 +266,9 @@ def load_pipeline(folder, networks, device, dtype):
     """A StableDiffusion3Pipeline with these of its networks. Raises InputError if they cannot be loaded."""
     from diffusers import StableDiffusion3Pipeline
 
-    parts = {path.name for path in Path(folder).iterdir()}  # T5 and its tokenizer may be absent
-    loaded = {name: None for name in ("transformer", "vae", *ENCODERS)}
-    loaded |= {name: load_component(folder, name, dtype) for name in networks if name in parts}
-    loaded |= {name: None for name in {"tokenizer_3"} - parts}
+    there = {path.name for path in folder.iterdir()}  # T5 and its tokenizer may be absent
+    loaded = dict.fromkeys(["transformer", "vae", *ENCODERS, *({"tokenizer_3"} - there)])
+    loaded |= {name: load_component(folder, name, dtype) for name in networks if name in there}
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, **loaded, use_safetensors=True).to(device)
         if pipe.transformer is None:  # without T5 it is asked for the width of a text
@@ -284,36 +278,35 @@ def load_pipeline(folder, networks, device, dtype):
         raise InputError(f"cannot load the pipeline {folder} ({reason(error)})") from error
 
 
+@torch.no_grad()
 def encode(pipe, texts, device, dtype):
     """{condition: tensor} of texts, on the CPU: [N, tokens, D] and [N, P]."""
-    parts = []
+    embeds, pooled = [], []
     for i in range(0, len(texts), 16):
-        with torch.no_grad():
-            embeds, _, pooled, _ = pipe.encode_prompt(
-                texts[i : i + 16], None, None, device=device, do_classifier_free_guidance=False,
-                max_sequence_length=256)
-        parts.append((embeds.to(dtype).cpu(), pooled.to(dtype).cpu()))
-    columns = zip(*parts, strict=True)
-    return {name: torch.cat(column).contiguous() for name, column in zip(CONDITIONS, columns, strict=True)}
+        found = pipe.encode_prompt(texts[i : i + 16], None, None, device=device,
+                                   do_classifier_free_guidance=False, max_sequence_length=256)
+        embeds.append(found[0].to(dtype).cpu())
+        pooled.append(found[2].to(dtype).cpu())
+    return dict(zip(CONDITIONS, (torch.cat(embeds), torch.cat(pooled)), strict=True))
 
 
 def contents(folder, *patterns):
     """A digest of the files of a pipeline that match and that its components are loaded from.
 
     They are read whole: SD3's text encoders, 11 GB, in 10 to 30 seconds. A collective call."""
-    kinds = (".json", ".txt", ".model", ".safetensors")
-    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.suffix in kinds}
-    paths = sorted(path for path in found if path.is_file() and "fp16" not in path.name)
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern)
+                   if path.suffix in SUFFIXES and "fp16" not in path.name)
     return digest_of([[path.relative_to(folder).as_posix() for path in paths],
                       shared(file_digest, paths, "reading the model's files")])
 
 
 def encode_prompts(folder, prompts, cache, device, dtype):
-    """The Embeddings of prompts, and of the empty one for guidance, in files of 128 in the folder cache; the
-    encoders are freed then.
+    """Prompts encoded into files of 128 in the folder cache, as Rows of what the network takes:
+    {"encoder_hidden_states": [B, tokens, D], "pooled_projections": [B, P]}; null is the empty prompt's, for
+    guidance, from the first file. The encoders are freed then.
 
     Files that exist are kept, if made of the same prompts by the same encoders and tokenizers (by content),
-    in the same precision; the processes share the work."""
+    in the same precision; the processes share the work. Raises InputError for damaged files."""
     truncated = []  # CLIP's longest text, once for each prompt that is longer
 
     def encode_file(pipe, texts):
@@ -322,17 +315,20 @@ def encode_prompts(folder, prompts, cache, device, dtype):
         return encode(pipe, texts, device, dtype)
 
     made_of = [contents(folder, "text_encoder*/*", "tokenizer*/*"), str(dtype)]
-    parts = [(texts, texts) for texts in [[""], *files_of(prompts)]]
-    paths = fill(cache, "prompts", made_of, parts, lambda: load_pipeline(folder, ENCODERS, device, dtype),
-                 encode_file)
+    parts = [[""], *files_of(prompts)]
+    first, *files = fill(cache, "prompts", made_of, parts, parts,
+                         lambda: load_pipeline(folder, ENCODERS, device, dtype), encode_file)
     if truncated:
         message = f"{len(truncated)} prompts are longer than CLIP's {truncated[0]} tokens and were cut there"
         print(message, file=sys.stderr)
-    return Embeddings(paths, len(prompts), device)
+    with opened(first) as file:
+        null = {name: file.get_tensor(name).to(device) for name in CONDITIONS}
+    shapes = {name: value.shape[1:] for name, value in null.items()}
+    return Rows(files, len(prompts), shapes, device, null)
 
 
 def encoded(folder, prompts, device, dtype):
-    """(conditions, null) of prompts, in memory; conditions(indices [B]) and null are those of Embeddings."""
+    """(conditions, null) of prompts, in memory; conditions(indices [B]) and null are as in encode_prompts."""
     texts = list(dict.fromkeys(["", *prompts]))
     places = {text: i for i, text in enumerate(texts)}
     rows = torch.tensor([places[prompt] for prompt in prompts])
@@ -344,17 +340,3 @@ def encoded(folder, prompts, device, dtype):
         return {name: moved(value[rows[indices]], device) for name, value in columns.items()}
 
     return conditions, {name: value[:1].to(device) for name, value in columns.items()}
-
-
-class Embeddings(Rows):
-    """Encoded prompts. Called with indices [B], gives what the network takes, on the device:
-    {"encoder_hidden_states": [B, tokens, D], "pooled_projections": [B, P]}. null: the same of the empty
-    prompt, B = 1, which the first of the files holds.
-
-    Raises InputError for damaged files."""
-
-    def __init__(self, files, number, device):
-        with opened(files[0]) as file:
-            self.null = {name: file.get_tensor(name).to(device) for name in CONDITIONS}
-        shapes = {name: value.shape[1:] for name, value in self.null.items()}
-        super().__init__(files[1:], number, shapes, device)

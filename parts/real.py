@@ -5,14 +5,13 @@ import posixpath
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import fgm
 from fgm import InputError
 from parts import prompts
 from parts.files import file_digest
-from parts.images import IMAGE_SUFFIXES, channels_first, image_files, read_image, to_float
+from parts.images import IMAGE_SUFFIXES, image_files, read_image, to_float
 
 TEXTS, TABLES = (".txt", ".caption"), (".jsonl", ".csv")
 
@@ -77,9 +76,10 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
     """Latents of image files of size (H, W) by the pipeline's VAE, scaled as SD3 scales them: Rows of
     {"latents": shape}.
 
-    They are kept in files of 128 in the folder cache, named after what they are made of, by content: what
-    exists is not made again, what belongs to an image that has changed is. A collective call. Raises
-    InputError, naming the file, for an image that cannot be read, or is of another size."""
+    They are kept in files of 128 in the folder cache, and made again for images, a VAE or a size that have
+    changed (see prompts.fill). A collective call. Raises InputError, naming the file, for an image that is
+    not readable or of another size."""
+    from torchvision.transforms.functional import pil_to_tensor
 
     def encode(vae, part):
         shift, scale, latents = vae.config.shift_factor, vae.config.scaling_factor, []
@@ -88,17 +88,15 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
             if image.size[::-1] != tuple(size):
                 raise InputError(f"{path} is {image.width}x{image.height}, the run makes {size[1]}x{size[0]}"
                                  ": resize it, or change --height and --width")
-            pixels = channels_first(np.array(image)[None]).to(device)  # [H, W, 3] -> [1, 3, H, W]
+            pixels = pil_to_tensor(image)[None].to(device)  # [1, 3, H, W]
             with torch.no_grad():
                 mean = vae.encode(to_float(pixels)).latent_dist.mean
             latents.append(((mean - shift) * scale).to(dtype).cpu())
         return {"latents": torch.cat(latents)}  # 128 x [1, 16, h, w] -> [128, 16, h, w]
 
-    def load():
-        return prompts.load_component(folder, "vae", torch.float32).to(device)
-
     digests = prompts.shared(file_digest, paths, "reading the images")
-    parts = [*zip(prompts.files_of(digests), prompts.files_of(paths), strict=True)]
+    keys, parts = prompts.files_of(digests), prompts.files_of(paths)
     made_of = [prompts.contents(folder, "vae/*"), str(dtype), list(size)]
-    files = prompts.fill(cache, "latents", made_of, parts, load, encode)
+    files = prompts.fill(cache, "latents", made_of, keys, parts,
+                         lambda: prompts.load_component(folder, "vae", torch.float32).to(device), encode)
     return prompts.Rows(files, len(paths), {"latents": shape}, device)
