@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 import fgm
 from fgm import InputError, process_rank
@@ -33,7 +34,7 @@ class Gaussian:
         if len(features) < 2:
             raise InputError(f"a Fréchet distance needs two images on either side, got {len(features)}")
         if not features.isfinite().all():
-            raise InputError("no Fréchet distance: the features of some images are not finite")
+            raise InputError("no Fréchet distance: some features are not finite")
         size = features.shape[1]
         check_memory(f"a Fréchet distance of {size} values a sample", 3 * 8 * size**2)
         features = features.double()
@@ -344,19 +345,6 @@ class Scores:
 # ---- FID ---------------------------------------------------------------------------------------------------
 
 
-class RGB(torch.utils.data.Dataset):
-    """uint8 images [N, C, R, R], C 1 or 3, as torch-fidelity takes them: a data set of uint8 [3, R, R]."""
-
-    def __init__(self, pixels):
-        self.pixels = pixels.expand(-1, 3, -1, -1)
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def __getitem__(self, i):
-        return self.pixels[i]
-
-
 @cache
 def inception(weights, device):
     """torch-fidelity's Inception network. weights: their file, None to download them.
@@ -378,20 +366,15 @@ def inception(weights, device):
 
 
 def inception_statistics(pixels, weights, device):
-    """{"mu": mean [2048], "sigma": covariance} of the Inception features of uint8 images [N, C, R, R].
+    """The Gaussian of the Inception features [N, 2048] of uint8 images [N, C, R, R], C 1 or 3."""
+    from torch_fidelity.utils import extract_featuresdict_from_input_id_cached
 
-    Raises InputError for fewer than two images, and for features that are not finite."""
-    from torch_fidelity.metric_fid import fid_input_id_to_statistics
-
-    if len(pixels) < 2:
-        raise InputError(f"no FID: it needs at least two images on either side, got {len(pixels)}")
     network, on_gpu = inception(weights, device), device.type == "cuda"
+    images = Subset(pixels.expand(-1, 3, -1, -1), range(len(pixels)))  # a data set of uint8 [3, R, R]
     with bar(f"Inception features of {len(pixels):,} images"):
-        statistics = fid_input_id_to_statistics(1, network, "2048", input1=RGB(pixels), cuda=on_gpu,
-                                                verbose=False)
-    if not np.isfinite(statistics["sigma"]).all():
-        raise InputError("no FID: some Inception features are not finite; are the Inception weights whole?")
-    return statistics
+        features = extract_featuresdict_from_input_id_cached(1, network, input1=images, cuda=on_gpu,
+                                                             verbose=False)
+    return Gaussian(features["2048"])
 
 
 # One tensor of real images is scored against again and again. In memory, because torch-fidelity's own cache
@@ -400,11 +383,8 @@ real_statistics = lru_cache(maxsize=1)(inception_statistics)
 
 
 def fid(real, fake, weights, device):
-    """Fréchet Inception distance of uint8 images, by torch-fidelity.
+    """Fréchet Inception distance of uint8 images, on the features of torch-fidelity's Inception network.
 
-    weights: a file of its Inception network, None to download it. Raises InputError if that cannot be had.
-    The features of real are computed once, as long as it is the same tensor."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
-    statistics = inception_statistics(fake, weights, device), real_statistics(real, weights, device)
-    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    weights: its file, None to download it. Raises InputError if that cannot be had, and as Gaussian does. The
+    features of real are computed once, as long as it is the same tensor."""
+    return real_statistics(real, weights, device).distance(inception_statistics(fake, weights, device))
