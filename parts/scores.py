@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
-import fgm
 from fgm import InputError, process_rank
 from parts import progress
 from parts.bars import bar, batches
@@ -217,12 +216,8 @@ class NetworkJudge:
             for name, value in cls.description(images, cond).items():
                 if about[name] != value:
                     raise InputError(f"it was trained for other {name}; remove it, or name another --out")
-            if about["own_accuracy"] is not None:
-                fgm.check_setting("its accuracy", about["own_accuracy"], "[0, 1]")
             judge = cls(about, device)
             judge.net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-            if not all(value.isfinite().all() for value in judge.net.state_dict().values()):
-                raise InputError("some of its weights are not finite")
         return judge
 
     @classmethod
