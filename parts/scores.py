@@ -79,11 +79,6 @@ def coarse_pixels(pixels, resolution=16):
     return raw_pixels(shrunk(pixels, resolution))
 
 
-def pixel_frechet(real, fake):
-    """Fréchet distance on the raw pixels (-1..1) of images."""
-    return frechet_distance(raw_pixels(real), raw_pixels(fake))
-
-
 def random_order(n):
     """A fixed random permutation of 0..n-1."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
