@@ -25,7 +25,7 @@ import torch
 import fgm
 from fgm import InputError
 from parts import edm, flags, images, memory, run, scores, sizes
-from parts.edm import EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
+from parts.edm import build, image_shape, load_network, load_teacher
 from parts.flags import Setting
 from parts.gan import GAN
 
@@ -151,16 +151,38 @@ def out_folder(args):
 
 
 def draw_from_files(args, device):
-    """--sample: images of a finished run, or of a network file alone."""
+    """--sample: images of a finished run, or of a network file alone.
+
+    Raises InputError for a file that is missing or no generator (with --ode-steps no teacher), and for
+    classes that it does not have."""
     out = out_folder(args)
-    sampler, network, class_counts, names = sampler_from_file(args, out, device)
+    if args.ode_steps:
+        path = Path(args.teacher or out / "teacher.safetensors")
+    else:
+        path = Path(args.generator or out / "generator.safetensors")
+    if not path.exists():
+        raise InputError(f"{path} does not exist: the run has not finished, or --out names another folder")
+    net, description = load_network(path)
+    if ("generator" in description) == bool(args.ode_steps):
+        raise InputError(f"{path} is a one-step generator, no teacher" if args.ode_steps else
+                         f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
+    names = description["classes"] if description["network"]["label_dim"] else []
+    if args.classes and max(args.classes) >= len(names):
+        raise InputError(f"--classes must lie in 0..{len(names) - 1}" if names
+                         else "--classes needs a conditional network")
+    net = net.to(device)
+    if args.ode_steps:
+        kind, sampler = f"{args.ode_steps}-steps", partial(fgm.sample_ode, net, steps=args.ode_steps)
+    else:
+        kind, sampler = "one-step", fgm.OneStepGenerator(net, **description["generator"])
+
     began = time.perf_counter()
-    pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), class_counts,
-                                        device, args.seed, args.classes, what="drawing")
+    pixels, labels = images.draw_images(sampler, args.sample, image_shape(description["network"]),
+                                        description["class_counts"], device, args.seed, args.classes,
+                                        what="drawing")
     seconds = time.perf_counter() - began
     if fgm.process_rank() > 0:
         return
-    kind = f"{args.ode_steps}-steps" if args.ode_steps else "one-step"
     target = run.open_folder(out) / f"samples-{kind}"
     images.save_grid(f"{target}.png", pixels[:1000])
     if args.npz:
@@ -171,31 +193,6 @@ def draw_from_files(args, device):
     print(f"{len(pixels)} images{shown} in {seconds:.2f} s: {target}.png" + f", {target}.npz" * args.npz)
 
 
-def sampler_from_file(args, out, device):
-    """(sampler, description of its network, class_counts, classes) of out or file: its generator, or with
-    --ode-steps its teacher.
-    Raises InputError for a file that is missing or no generator, and for classes that it does not have."""
-    if args.ode_steps:
-        path = Path(args.teacher or out / "teacher.safetensors")
-    else:
-        path = Path(args.generator or out / "generator.safetensors")
-    if not path.exists():
-        raise InputError(f"{path} does not exist: the run has not finished, or --out names another folder")
-    net, description = load_network(path)
-    network = description["network"]
-    if ("generator" in description) == bool(args.ode_steps):
-        raise InputError(f"{path} is a one-step generator, no teacher" if args.ode_steps else
-                         f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
-    names, counts = description["classes"] if network["label_dim"] else [], description["class_counts"]
-    if args.classes and max(args.classes) >= len(names):
-        raise InputError(f"--classes must lie in 0..{len(names) - 1}" if names
-                         else "--classes needs a conditional network")
-    net = net.to(device)
-    if args.ode_steps:
-        return partial(fgm.sample_ode, net, steps=args.ode_steps), network, counts, names
-    return fgm.OneStepGenerator(net, **description["generator"]), network, counts, names
-
-
 # ---- The steps of a run ------------------------------------------------------------------------------------
 
 
@@ -204,9 +201,9 @@ def initial_network(args, real, label_dim):
     if args.teacher:
         return load_teacher(args.teacher, real, args.cond)
     channels, resolution = real.pixels.shape[1:3]
-    sizes = [resolution >> level for level in range(len(args.channel_mult))]
-    if args.attention != PAPER["attention"] and not set(args.attention) <= set(sizes):
-        raise InputError(f"--attention: the network's resolutions are {sizes} (none: --attention alone)")
+    levels = [resolution >> level for level in range(len(args.channel_mult))]
+    if args.attention != PAPER["attention"] and not set(args.attention) <= set(levels):
+        raise InputError(f"--attention: the network's resolutions are {levels} (none: --attention alone)")
     network = dict(
         img_resolution=resolution, in_channels=channels, out_channels=channels, label_dim=label_dim,
         model_channels=args.model_channels, channel_mult=args.channel_mult, num_blocks=args.num_blocks,
@@ -267,7 +264,7 @@ def main():
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
 
-    # One distillation step and the scorer: what would stop them should not do so after the teacher's training.
+    # One distillation step, and the scorer: what would stop them should do so before the teacher trains.
     fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=copy.deepcopy(gan),
                 **settings | {"steps": 1, "compile": False})
     began = time.perf_counter()
