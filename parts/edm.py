@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
+from parts.files import reason
 from parts.sizes import check_memory
 from parts.unpickle import read_pickle, shown
 
@@ -264,18 +265,18 @@ def build(network):
     """A velocity network from its description: EDMUNet's arguments, plus "edm_sigma_data" for EDMVelocity.
 
     Raises InputError, before it allocates, if it cannot fit into memory."""
-    network = dict(network)
-    sigma_data = network.pop("edm_sigma_data", None)
+    settings = dict(network)
+    sigma_data = settings.pop("edm_sigma_data", None)
     with torch.device("meta"):
-        weights = sum(p.numel() for p in EDMUNet(**network).parameters())
+        weights = sum(p.numel() for p in EDMUNet(**settings).parameters())
     check_memory("the network", 4 * weights)
-    net = EDMUNet(**network)
+    net = EDMUNet(**settings)
     return net if sigma_data is None else EDMVelocity(net, sigma_data)
 
 
 def build_with_weights(network, shapes, read):
     """build(network) in evaluation mode with the weights that a file has: their shapes {name: shape}, and
-    read(name), one as a tensor. Raises InputError, before it allocates, unless the two fit each other."""
+    read(name), one as a tensor. Raises an error, before it allocates, unless the two fit each other."""
     required = ("img_resolution", "in_channels", "out_channels", "label_dim")
     check_values("network", network, DESCRIPTION, *required)
     if network["in_channels"] != network["out_channels"] or network.get("model_channels", 128) % 2:
@@ -286,13 +287,8 @@ def build_with_weights(network, shapes, read):
     for name in [name for name in shapes if name.endswith("resample_filter")]:
         if shapes[name] != (1, 1, 2, 2) or (read(name) != 0.25).any():
             raise InputError("its resampling filter is not supported; supported is [1, 1], a mean of 2x2")
-    with torch.device("meta"):
-        state = build(network).state_dict()
-    expected = {name: tuple(value.shape) for name, value in state.items()}
-    for name in sorted(expected.keys() | shapes.keys()):
-        held, needed = shapes.get(name), expected.get(name)
-        if held != needed:
-            raise InputError(f"{shown(name)} has shape {held}, a network of its description {needed}")
+    with torch.device("meta"):  # torch compares names and shapes
+        build(network).load_state_dict({name: torch.empty(shape) for name, shape in shapes.items()})
     net = build(network)
     for name, value in net.state_dict().items():
         if not value.copy_(read(name)).isfinite().all():
@@ -312,8 +308,8 @@ def refusals(path, kind):
     except InputError as error:
         raise InputError(f"{path} cannot be used: {str(error)[:400]}") from error
     except Exception as error:
-        reason = ascii(f"{type(error).__name__}: {error}"[:200])[1:-1]
-        raise InputError(f"{path} is no {kind}, or is damaged ({reason})") from error
+        what = ascii(f"{type(error).__name__}: {reason(error)}"[:200])[1:-1]
+        raise InputError(f"{path} is no {kind}, or is damaged ({what})") from error
 
 
 # ---- Published EDM networks as flow teachers ---------------------------------------------------------------

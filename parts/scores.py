@@ -17,8 +17,8 @@ from fgm import InputError, process_rank
 from parts import progress
 from parts.bars import bar, batches
 from parts.edm import refusals
+from parts.files import reason, save_tensors
 from parts.images import save_grid, shrunk, to_float
-from parts.run import save_tensors
 from parts.sizes import check_memory
 
 # ---- Fréchet distances -------------------------------------------------------------------------------------
@@ -348,11 +348,10 @@ def inception(weights, device):
         return create_feature_extractor("inception-v3-compat", ["2048"], cuda=device.type == "cuda",
                                         verbose=False, feature_extractor_weights_path=weights)
     except Exception as error:  # a foreign file can fail in any way at all
+        what = "the Inception weights cannot be downloaded; give --inception-weights FILE"
         if weights:
-            reason = f"the Inception weights {weights} cannot be used"
-        else:
-            reason = "the Inception weights cannot be downloaded; give --inception-weights FILE"
-        raise InputError(f"no FID: {reason} ({' '.join(str(error).split())[:200]})") from error
+            what = f"the Inception weights {weights} cannot be used"
+        raise InputError(f"no FID: {what} ({reason(error)})") from error
 
 
 def inception_statistics(pixels, weights, device):
