@@ -115,11 +115,10 @@ def accuracy(judge, features, labels):
 class Judge:
     """A support vector classifier of features [N, D], trained on real ones: for images as small as digits.
 
-    own_accuracy: its cross-validated accuracy on real ones if folds are given (as many fits, no more than the
-    smallest class has samples), else None; None too if a class has one sample. Raises InputError for one
-    class."""
+    own_accuracy: its accuracy on real ones, cross-validated by as many fits as there are folds, no more than
+    the smallest class has samples; None for one fold. Raises InputError for one class."""
 
-    def __init__(self, features, labels, folds=None):
+    def __init__(self, features, labels, folds=1):
         from sklearn.model_selection import cross_val_score
         from sklearn.svm import SVC
 
@@ -127,7 +126,7 @@ class Judge:
         _, sizes = np.unique(y, return_counts=True)
         if len(sizes) < 2:
             raise InputError(f"a judge of labels needs images of at least two classes, got {len(sizes)}")
-        folds = min(folds or 1, sizes.min())
+        folds = min(folds, sizes.min())
         self.own_accuracy = None
         if folds > 1:
             self.own_accuracy = float(cross_val_score(SVC(C=10), x, y, cv=folds).mean())
