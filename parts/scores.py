@@ -189,28 +189,24 @@ class NetworkJudge:
     pixels do. about: what its file says of it: what it was trained on, and own_accuracy, measured on a tenth
     of the images that it was not trained on (None if there are none)."""
 
-    def __init__(self, about, device):
-        channels, resolution = about["shape"][:2]
-        self.about, self.device, self.side = about, device, min(resolution, 32)
-        self.net = judge_network(channels, self.side, len(about["classes"]) or 4).to(device).eval()
-
-    @staticmethod
-    def description(images, cond):
-        """What about says of the images."""
-        return {"shape": list(images.pixels.shape[1:]), "classes": images.classes if cond else [],
-                "images": images.fingerprint()}
+    def __init__(self, images, cond, device):
+        channels, resolution = images.pixels.shape[1:3]
+        self.device, self.side, classes = device, min(resolution, 32), images.classes if cond else []
+        self.about = {"classes": classes, "images": images.fingerprint(), "own_accuracy": None}
+        self.net = judge_network(channels, self.side, len(classes) or 4).to(device).eval()
 
     @classmethod
     def load(cls, path, images, cond, device):
         """The judge in a file. Raises InputError if it is damaged, or of other images or classes."""
         from safetensors import safe_open
 
+        judge = cls(images, cond, device)
         with refusals(path, "judge of cifar.py"), safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["judge"])
-            for name, value in cls.description(images, cond).items():
-                if about[name] != value:
+            for name in ("images", "classes"):
+                if about[name] != judge.about[name]:
                     raise InputError(f"it was trained for other {name}; remove it, or name another --out")
-            judge = cls(about, device)
+            judge.about["own_accuracy"] = about["own_accuracy"]
             judge.net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
         return judge
 
@@ -221,7 +217,7 @@ class NetworkJudge:
         moved by up to a sixteenth of their side and, if flip, mirrored."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            judge = cls(cls.description(images, cond), device)
+            judge = cls(images, cond, device)
         net, side, moves = judge.net.train(), judge.side, judge.side // 16
         held, trained = hold_out(images.labels)
         seen = min(seen or (1_620_000 if device.type == "cuda" else 270_000), 60 * len(trained))
@@ -229,7 +225,7 @@ class NetworkJudge:
         steps, epochs = seen // batch, math.ceil(seen / len(trained))
         adam = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
         cycle = torch.optim.lr_scheduler.OneCycleLR(adam, 0.008, total_steps=steps + 1, pct_start=0.25)
-        pixels, labels = shrunk(images.pixels, side).to(torch.uint8).to(device), images.labels.to(device)
+        pixels, labels = shrunk(images.pixels, side).to(device, torch.uint8), images.labels.to(device)
         draws = torch.Generator().manual_seed(0)
         order = torch.cat([trained[torch.randperm(len(trained), generator=draws)] for _ in range(epochs)])
         for begin in batches(steps * batch, batch, "training the judge"):
@@ -247,7 +243,11 @@ class NetworkJudge:
             adam.step()
             cycle.step()
         judge.net.eval()
-        judge.about["own_accuracy"] = judge.accuracy_on(pixels[held], labels[held]) if len(held) else None
+        if len(held):
+            x, target = images.pixels[held], images.labels[held]
+            x, target = (x, target) if cond else turned(x)
+            right = judge.agrees(judge.features(x), target)
+            judge.about["own_accuracy"] = right.float().mean().item()
         return judge
 
     def save(self, path):
@@ -257,15 +257,6 @@ class NetworkJudge:
     @property
     def own_accuracy(self):
         return self.about["own_accuracy"]
-
-    @torch.no_grad()
-    def accuracy_on(self, pixels, labels):
-        """The share of images whose label it tells, or the turns, if it knows no labels."""
-        right = []
-        for x, target in zip(to_float(pixels).split(500), labels.split(500), strict=True):
-            x, target = (x, target) if self.about["classes"] else turned(x)
-            right.append(self.net(x).argmax(1) == target)
-        return torch.cat(right).float().mean().item()
 
     @torch.no_grad()
     def features(self, pixels):
