@@ -264,14 +264,16 @@ def check_values(what, values, table, *required):
 def build(network):
     """A velocity network from its description: EDMUNet's arguments, plus "edm_sigma_data" for EDMVelocity.
 
-    Raises InputError, before it allocates, if it cannot fit into memory."""
+    It keeps that as .description. Raises InputError, before it allocates, if it cannot fit into memory."""
     settings = dict(network)
     sigma_data = settings.pop("edm_sigma_data", None)
     with torch.device("meta"):
         weights = sum(p.numel() for p in EDMUNet(**settings).parameters())
     check_memory("the network", 4 * weights)
     net = EDMUNet(**settings)
-    return net if sigma_data is None else EDMVelocity(net, sigma_data)
+    net = net if sigma_data is None else EDMVelocity(net, sigma_data)
+    net.description = network
+    return net
 
 
 def build_with_weights(network, shapes, read):
@@ -324,19 +326,13 @@ def load_edm(path):
     Float32, on the CPU, in evaluation mode. Nothing inside the file is executed. Raises InputError for a file
     that is missing, cut short, names any global beyond those of such files, or holds another network (NCSN++
     and ADM have other layers)."""
-    return read_edm(path)[0]
-
-
-def read_edm(path):
-    """load_edm's network, and its description as build() takes it."""
     with refusals(path, "EDM network"):
         outer = read_pickle(path)["ema"]
         inner = outer.state["_modules"]["model"]
         check_variant(outer, inner)
         weights = {f"net.{name}": tensor for name, tensor in inner.tensors().items()}  # names in EDMVelocity
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        network = edm_config(shapes, outer.state)
-        return build_with_weights(network, shapes, weights.get), network
+        return build_with_weights(edm_config(shapes, outer.state), shapes, weights.get)
 
 
 def check_variant(outer, inner):
@@ -410,13 +406,13 @@ def load_teacher(path, images, cond):
 
     Raises InputError if it does not fit the images, the conditioning or, where it names them, the classes."""
     if str(path).endswith(".pkl"):
-        net, network = read_edm(path)
-        names = images.classes  # a pickle has none
+        net, names = load_edm(path), images.classes  # a pickle names none
     else:
         net, description = load_network(path)
         if "generator" in description:
             raise InputError(f"{path} is a one-step generator, no teacher")
-        network, names = description["network"], description["classes"]
+        names = description["classes"]
+    network = net.description
     shape, data_shape = list(image_shape(network)), list(images.pixels.shape[1:])
     if shape != data_shape:
         raise InputError(f"{path} makes images of shape {shape}, the data has {data_shape}")
