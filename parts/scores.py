@@ -186,13 +186,13 @@ class NetworkJudge:
 
     With labels it tells the classes apart. Without, it tells by how many quarter turns an image was turned
     (RotNet, arXiv 1803.07728), which takes no labels, and shapes to tell, not colours alone as clusters of
-    pixels do. about: what its file says of it: what it was trained on, and own_accuracy, measured on a tenth
-    of the images that it was not trained on (None if there are none)."""
+    pixels do. about: what it was trained on, as its file says; own_accuracy: measured on a tenth of the
+    images, that it was not trained on (None if there are none)."""
 
     def __init__(self, images, cond, device):
         channels, resolution = images.pixels.shape[1:3]
         self.device, self.side, classes = device, min(resolution, 32), images.classes if cond else []
-        self.about = {"classes": classes, "images": images.fingerprint(), "own_accuracy": None}
+        self.about, self.own_accuracy = {"classes": classes, "images": images.fingerprint()}, None
         self.net = judge_network(channels, self.side, len(classes) or 4).to(device).eval()
 
     @classmethod
@@ -203,10 +203,10 @@ class NetworkJudge:
         judge = cls(images, cond, device)
         with refusals(path, "judge of cifar.py"), safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["judge"])
-            for name in ("images", "classes"):
-                if about[name] != judge.about[name]:
+            for name, value in judge.about.items():
+                if about[name] != value:
                     raise InputError(f"it was trained for other {name}; remove it, or name another --out")
-            judge.about["own_accuracy"] = about["own_accuracy"]
+            judge.own_accuracy = about["own_accuracy"]
             judge.net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
         return judge
 
@@ -246,17 +246,13 @@ class NetworkJudge:
         if len(held):
             x, target = images.pixels[held], images.labels[held]
             x, target = (x, target) if cond else turned(x)
-            right = judge.agrees(judge.features(x), target)
-            judge.about["own_accuracy"] = right.float().mean().item()
+            judge.own_accuracy = judge.agrees(judge.features(x), target).float().mean().item()
         return judge
 
     def save(self, path):
         state = {name: value.cpu().contiguous() for name, value in self.net.state_dict().items()}
-        save_tensors(state, path, {"judge": json.dumps(self.about)})
-
-    @property
-    def own_accuracy(self):
-        return self.about["own_accuracy"]
+        about = self.about | {"own_accuracy": self.own_accuracy}
+        save_tensors(state, path, {"judge": json.dumps(about)})
 
     @torch.no_grad()
     def features(self, pixels):
@@ -275,8 +271,6 @@ class NetworkJudge:
 
 # ---- All scores of a run -----------------------------------------------------------------------------------
 
-SMALL = 8  # pixels: images of at most this side are judged by their values
-
 
 class Scores:
     """What the rows of a run's table are measured with, on the first process, against the real images.
@@ -286,7 +280,7 @@ class Scores:
 
     def __init__(self, real, cond, flip, device, judge):
         self.judge, n = None, len(real.pixels)
-        if real.pixels.shape[-1] <= SMALL:
+        if real.pixels.shape[-1] <= 8:
             if cond:
                 with bar("training the judge"):
                     self.judge = train_judge(real)
