@@ -416,11 +416,10 @@ def load_teacher(path, images, cond):
     shape, data_shape = list(image_shape(network)), list(images.pixels.shape[1:])
     if shape != data_shape:
         raise InputError(f"{path} makes images of shape {shape}, the data has {data_shape}")
-    label_dim, classes = network["label_dim"], len(images.classes)
-    if label_dim != (classes if cond else 0):
-        held = f"conditional on {label_dim} classes" if label_dim else "unconditional"
-        wanted = f"conditional on {classes} classes (--cond)" if cond else "unconditional (no --cond)"
-        raise InputError(f"{path} is {held}, asked for is {wanted}")
+    held, wanted = network["label_dim"], len(images.classes) if cond else 0
+    if held != wanted:
+        kinds = [f"conditional on {n} classes" if n else "unconditional" for n in (held, wanted)]
+        raise InputError(f"{path} is {kinds[0]}, asked for is {kinds[1]} (see --cond)")
     if cond and names != images.classes:
         raise InputError(f"{path} has the classes {ascii(names)[:200]}, in this order, the data "
                          f"{ascii(images.classes)[:200]}")
