@@ -25,7 +25,7 @@ import torch
 import fgm
 from fgm import InputError
 from parts import edm, flags, images, memory, run, scores, sizes
-from parts.edm import EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
+from parts.edm import build, image_shape, load_network, load_teacher
 from parts.flags import Setting
 from parts.gan import GAN
 
@@ -151,16 +151,38 @@ def out_folder(args):
 
 
 def draw_from_files(args, device):
-    """--sample: images of a finished run, or of a network file alone."""
+    """--sample: images of a finished run, or of a network file alone.
+
+    Raises InputError for a file that is missing or no generator (with --ode-steps no teacher), and for
+    classes that it does not have."""
     out = out_folder(args)
-    sampler, network, class_counts, names = sampler_from_file(args, out, device)
+    if args.ode_steps:
+        path = Path(args.teacher or out / "teacher.safetensors")
+    else:
+        path = Path(args.generator or out / "generator.safetensors")
+    if not path.exists():
+        raise InputError(f"{path} does not exist: the run has not finished, or --out names another folder")
+    net, description = load_network(path)
+    if ("generator" in description) == bool(args.ode_steps):
+        raise InputError(f"{path} is a one-step generator, no teacher" if args.ode_steps else
+                         f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
+    names = description["classes"] if description["network"]["label_dim"] else []
+    if args.classes and max(args.classes) >= len(names):
+        raise InputError(f"--classes must lie in 0..{len(names) - 1}" if names
+                         else "--classes needs a conditional network")
+    net = net.to(device)
+    if args.ode_steps:
+        kind, sampler = f"{args.ode_steps}-steps", partial(fgm.sample_ode, net, steps=args.ode_steps)
+    else:
+        kind, sampler = "one-step", fgm.OneStepGenerator(net, **description["generator"])
+
     began = time.perf_counter()
-    pixels, labels = images.draw_images(sampler, args.sample, image_shape(network), class_counts,
-                                        device, args.seed, args.classes, what="drawing")
+    pixels, labels = images.draw_images(sampler, args.sample, image_shape(description["network"]),
+                                        description["class_counts"], device, args.seed, args.classes,
+                                        what="drawing")
     seconds = time.perf_counter() - began
     if fgm.process_rank() > 0:
         return
-    kind = f"{args.ode_steps}-steps" if args.ode_steps else "one-step"
     target = run.open_folder(out) / f"samples-{kind}"
     images.save_grid(f"{target}.png", pixels[:1000])
     if args.npz:
@@ -171,35 +193,7 @@ def draw_from_files(args, device):
     print(f"{len(pixels)} images{shown} in {seconds:.2f} s: {target}.png" + f", {target}.npz" * args.npz)
 
 
-def sampler_from_file(args, out, device):
-    """(sampler, description of its network, class_counts, classes) of out or file: its generator, or with
-    --ode-steps its teacher.
-    Raises InputError for a file that is missing or no generator, and for classes that it does not have."""
-    if args.ode_steps:
-        path = Path(args.teacher or out / "teacher.safetensors")
-    else:
-        path = Path(args.generator or out / "generator.safetensors")
-    if not path.exists():
-        raise InputError(f"{path} does not exist: the run has not finished, or --out names another folder")
-    net, description = load_network(path)
-    network = description["network"]
-    if ("generator" in description) == bool(args.ode_steps):
-        raise InputError(f"{path} is a one-step generator, no teacher" if args.ode_steps else
-                         f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
-    names, counts = description["classes"] if network["label_dim"] else [], description["class_counts"]
-    if args.classes and max(args.classes) >= len(names):
-        raise InputError(f"--classes must lie in 0..{len(names) - 1}" if names
-                         else "--classes needs a conditional network")
-    net = net.to(device)
-    if args.ode_steps:
-        return partial(fgm.sample_ode, net, steps=args.ode_steps), network, counts, names
-    return fgm.OneStepGenerator(net, **description["generator"]), network, counts, names
-
-
 # ---- The steps of a run ------------------------------------------------------------------------------------
-
-
-JUDGE = "judge.safetensors"  # in the output folder
 
 
 def initial_network(args, real, label_dim):
@@ -207,9 +201,9 @@ def initial_network(args, real, label_dim):
     if args.teacher:
         return load_teacher(args.teacher, real, args.cond)
     channels, resolution = real.pixels.shape[1:3]
-    sizes = [resolution >> level for level in range(len(args.channel_mult))]
-    if args.attention != PAPER["attention"] and not set(args.attention) <= set(sizes):
-        raise InputError(f"--attention: the network's resolutions are {sizes} (none: --attention alone)")
+    levels = [resolution >> level for level in range(len(args.channel_mult))]
+    if args.attention != PAPER["attention"] and not set(args.attention) <= set(levels):
+        raise InputError(f"--attention: the network's resolutions are {levels} (none: --attention alone)")
     network = dict(
         img_resolution=resolution, in_channels=channels, out_channels=channels, label_dim=label_dim,
         model_channels=args.model_channels, channel_mult=args.channel_mult, num_blocks=args.num_blocks,
@@ -218,18 +212,15 @@ def initial_network(args, real, label_dim):
     return build(network), network
 
 
-def check_scores(args, real, out, device):
-    """A score that cannot be measured fails here, on all processes, and not at the end."""
-    if len(real.pixels) < 4:
-        raise InputError(f"the data has {len(real.pixels)} images; its scores need at least 4")
+def scorer_of(args, real, device, out):
+    """What scores this run's samples, on the first process; None on the others. A collective call."""
+    made = []
 
-    def check():
-        if (out / JUDGE).exists() and not args.overwrite and real.pixels.shape[-1] > scores.SMALL:
-            scores.NetworkJudge.load(out / JUDGE, real, args.cond, device)
-        if args.fid:
-            scores.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device)
+    def make():
+        made.append(scores.Scores(real, args.cond, args.flip, device, out / "judge.safetensors"))
 
-    run.first_process(check)
+    run.first_process(make)
+    return made[0] if made else None
 
 
 def main():
@@ -244,10 +235,15 @@ def main():
     class_counts = real.class_counts() if args.cond else []
     label_dim = len(class_counts)
     net, network = initial_network(args, real, label_dim)
-    sizes.check_sizes(args, device, math.prod(image_shape(network)))
+    shape = image_shape(network)
+    sizes.check_sizes(args, device, math.prod(shape))
     out = run.open_folder(out_folder(args))
-    check_scores(args, real, out, device)
-    net, shape = net.to(device), image_shape(network)
+    if len(real.pixels) < 4:
+        raise InputError(f"the data has {len(real.pixels)} images; its scores need at least 4")
+    if args.fid:  # a trial
+        run.first_process(
+            lambda: scores.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device))
+    net = net.to(device)
     memory.settle_micro_batch(args, net, shape, label_dim)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
@@ -268,14 +264,16 @@ def main():
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
 
-    # One distillation step now: what would stop it should not do so after the teacher's training.
+    # One distillation step, and the scorer: what would stop them should do so before the teacher trains.
     fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=copy.deepcopy(gan),
                 **settings | {"steps": 1, "compile": False})
+    began = time.perf_counter()
+    scorer = scorer_of(args, real, device, out)
+    seconds = {"judge": time.perf_counter() - began}
 
     # The teacher, by ReFlow (3.6).
-    teacher_seconds = 0.0
     if not args.teacher:
-        teacher, teacher_seconds = fgm.train_flow(
+        teacher, seconds["teacher"] = fgm.train_flow(
             teacher.train(), data, steps=math.ceil(args.teacher_kimg * 1000 / args.batch),
             ema_decay=args.teacher_ema, run=folder_run, **flags.teacher_settings(args))
     run.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(description)})
@@ -284,14 +282,16 @@ def main():
     for module in (net, flow):
         module.load_state_dict(teacher.state_dict())
 
-    def draw(sampler, n, in_turn):
+    draw = partial(images.draw_images, shape=shape, class_counts=class_counts, device=device, seed=args.seed)
+
+    def draw_fast(sampler, n, in_turn):
         classes = range(label_dim) if in_turn else None
         with torch.autocast(device.type, torch.bfloat16, enabled=fgm.wants_bf16(args.precision, device)):
-            return images.draw_images(sampler, n, shape, class_counts, device, args.seed, classes)[0]
+            return draw(sampler, n, classes=classes)[0]
 
-    folder_run.picture = scores.pictures(out, real.pixels, teacher, draw, min(args.samples, 500))
+    folder_run.picture = scores.pictures(out, real.pixels, teacher, draw_fast, min(args.samples, 500))
     folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher), "gan": args.gan}
-    generator, distill_seconds = fgm.distill(
+    generator, seconds["distillation"] = fgm.distill(
         teacher, generator, flow, shape, conditions=conditions, extra=gan, run=folder_run, **settings)
     description |= {"generator": generator.coefficients()}
     run.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(description)})
@@ -300,48 +300,33 @@ def main():
     began = time.perf_counter()
     steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)
     samplers = {number: partial(fgm.sample_ode, teacher, steps=number) for number in steps}
-    samplers["one step"] = generator
-    rows, of_data, about = score(args, real, samplers, class_counts, device, out)
-    if fgm.process_rank() == 0:
-        seconds = {"teacher": teacher_seconds, "distillation": distill_seconds}
-        seconds["scores"] = time.perf_counter() - began
-        write_results(args, description, of_data, rows, about, seconds, out)
-        print_results(args, real, of_data, rows, about, seconds, out)
+    rows = score(args, real, device, scorer, samplers | {"one step": generator}, draw, out)
+    seconds["scores"] = time.perf_counter() - began
+    if scorer:
+        write_results(args, description, real, scorer, rows, seconds, out)
+        print_results(args, real, scorer, rows, seconds, out)
 
 
 # ---- Scores ------------------------------------------------------------------------------------------------
 
 
-def score(args, real, samplers, class_counts, device, out):
+def score(args, real, device, scorer, samplers, draw, out):
     """Draw from all samplers with the same seeds, and write a picture of each. A collective call.
 
-    samplers: {steps of the teacher, or "one step": sampler}. Returns {the same name: {score: value}}, the
-    scores of the data itself, and what metrics.json says of how it was measured, on the first process alone.
-    """
-    first = fgm.process_rank() == 0
-    scorer = scores.Scores(real, args.cond, args.flip, device, out / JUDGE) if first else None
-    rows, shown, shape = {}, {}, tuple(real.pixels.shape[1:])
+    samplers: {steps of the teacher, or "one step": sampler}; draw: images.draw_images without what is the
+    same for all. Returns {the same name: {score: value}}, on the first process alone."""
+    rows, shown = {}, {}
     for name, sampler in samplers.items():
         began = time.perf_counter()
-        pixels, labels = images.draw_images(sampler, args.samples, shape, class_counts, device, args.seed,
-                                            what=f"scoring: {title(name)}")
-        seconds = time.perf_counter() - began
-        classes = range(len(class_counts))  # in turn: to be looked at
-        grid = images.draw_images(sampler, min(100, args.samples), shape, class_counts, device, args.seed,
-                                  classes)[0]
-        if not first:
-            continue
-        rows[name], shown[title(name)] = scorer.of(pixels, labels) | {"seconds": seconds}, grid
-        if args.fid:
-            rows[name]["fid"] = scores.fid(real.pixels, pixels, args.inception_weights, device)
+        pixels, labels = draw(sampler, args.samples, what=f"scoring: {title(name)}")
+        drawing = time.perf_counter() - began
+        grid, _ = draw(sampler, min(100, args.samples), classes=range(len(real.classes)))  # to be looked at
+        if scorer:
+            rows[name], shown[title(name)] = scorer.of(pixels, labels) | {"seconds": drawing}, grid
+            if args.fid:
+                rows[name]["fid"] = scores.fid(real.pixels, pixels, args.inception_weights, device)
     images.save_samples(out, shown)
-    if not first:
-        return None, None, None
-    return rows, scorer.of_data, {
-        "main": "fid" if args.fid else scorer.main,
-        "detector": "torch-fidelity Inception-v3" if args.fid else scorer.detector,
-        "noise_of": scorer.main, "noise_floor_of": scorer.split, "images": len(real.pixels),
-    }
+    return rows
 
 
 def title(name):
@@ -359,41 +344,42 @@ def metric_name(args, score):
     return "FID" if args.samples >= 50_000 else f"fid-{args.samples / 1000:g}k"
 
 
-def write_results(args, description, of_data, rows, about, seconds, out):
+def write_results(args, description, real, scorer, rows, seconds, out):
     """config.json and metrics.json."""
-    main = about["main"]
+    main = "fid" if args.fid else scorer.main
     run.write_results(out, description | {"settings": vars(args) | {"out": str(out)}}, {
         "metric": metric_name(args, main), "samples": args.samples,
-        "against": f"{about['images']} training images of {args.data}",
+        "against": f"{len(real.pixels)} training images of {args.data}",
         "labels": "drawn as often as the data has each class" if args.cond else "none",
-        "detector": about["detector"],
+        "detector": "torch-fidelity Inception-v3" if args.fid else scorer.detector,
         "teacher": {str(name): row[main] for name, row in rows.items() if name != "one step"},
         "one_step": rows["one step"][main],
-        "noise_floor": of_data, "noise_floor_of": about["noise_floor_of"],
+        "noise_floor": scorer.of_data, "noise_floor_of": scorer.split,
         "rows": {str(name): row for name, row in rows.items()}, "seconds": seconds,
     })
 
 
-def print_results(args, real, of_data, rows, about, seconds, out):
+FORMATS = {"accuracy": ".2%", "worst_class": ".2%", "seconds": ".1f"}  # in the table; of others .4f
+
+
+def print_results(args, real, scorer, rows, seconds, out):
     """The table of scores. After the main distance: what another draw of the samples would move it by."""
     data = f"{args.data} (conditional)" if args.cond else args.data
     print(f"{data}: {args.samples:,} samples against {len(real.pixels):,} training images of "
           f"{real.pixels.shape[-1]}x{real.pixels.shape[-1]}")
-    shares = ["accuracy", "worst_class"] if args.cond else []
-    distances = [name for name in ("fid", *TITLES) if name in rows["one step"]]
-    headings = "".join(f"{metric_name(args, name):>26}" for name in distances)
-    headings += "".join(f"{name.replace('_', ' '):>13}" for name in shares)
-    print(f"  {'':18}{headings}{'seconds':>9}")
+    columns = {name: metric_name(args, name) for name in ("fid", *TITLES)}
+    columns |= {name: name.replace("_", " ") for name in FORMATS}
+    columns = {name: heading for name, heading in columns.items() if name in rows["one step"]}
+    print(f"  {'':18}" + "".join(f"{heading:>{len(heading) + 4}}" for heading in columns.values()))
 
-    for name, row in {f"data, {about['noise_floor_of']}": of_data, **rows}.items():
-        line = f"  {name if row is of_data else title(name):18}"
-        for score in distances:
-            value = f"{row[score]:.4f}" if row.get(score) is not None else ""
-            noise = row.get("noise") if score == about["noise_of"] else None
-            line += f"{value + (f' +- {noise:.4f}' if noise is not None else ''):>26}"
-        for score in shares:
-            line += f"{row[score]:13.2%}" if row.get(score) is not None else " " * 13
-        print(line + (f"{row['seconds']:9.1f}" if "seconds" in row else ""))
+    lines = {title(name): row for name, row in rows.items()}
+    for what, row in {f"data, {scorer.split}": scorer.of_data, **lines}.items():
+        cells = {name: f"{row[name]:{FORMATS.get(name, '.4f')}}" for name in columns
+                 if row.get(name) is not None}
+        if row.get("noise") is not None:
+            cells[scorer.main] += f" +- {row['noise']:.4f}"
+        print(f"  {what:18}"
+              + "".join(f"{cells.get(name, ''):>{len(heading) + 4}}" for name, heading in columns.items()))
 
     print("  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
           + f"; pictures and metrics.json in {out}")

@@ -28,10 +28,9 @@ def bar(what, total=None, done=0, unit="images"):
     what: "scoring", for instance; None: no bar. A thread redraws it every second, however long a call within
     takes; where stderr is no terminal it prints a line a minute."""
     terminal = sys.stderr.isatty()
-    silent = what is None or process_rank() > 0
-    shown = tqdm(desc=what, total=total, initial=done, unit=f" {unit}", unit_scale=True, disable=silent,
-                 file=None if terminal else Lines(), mininterval=math.inf,
-                 bar_format=None if total else "{desc}: {elapsed}")
+    shown = tqdm(desc=what, total=total, initial=done, unit=f" {unit}", unit_scale=True,
+                 disable=what is None or process_rank() > 0, file=None if terminal else Lines(),
+                 mininterval=math.inf, bar_format=None if total else "{desc}: {elapsed}")
     finished = threading.Event()
 
     def redraw():
@@ -39,14 +38,12 @@ def bar(what, total=None, done=0, unit="images"):
             shown.refresh()
 
     thread = threading.Thread(target=redraw, daemon=True)
+    thread.start()
     try:
-        if not silent:
-            thread.start()
         yield shown
     finally:
         finished.set()
-        if not silent:
-            thread.join()
+        thread.join()
         shown.close()
 
 

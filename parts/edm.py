@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
+from parts.files import reason
 from parts.sizes import check_memory
 from parts.unpickle import read_pickle, shown
 
@@ -102,11 +103,11 @@ class Block(nn.Module):
 class EDMUNet(nn.Module):
     """EDM's CIFAR-10 network, parameter for parameter the published one without the prefix "model.".
 
-    forward(x, noise_labels, class_labels=None, augment_labels=None): x [B, in_channels, R, R]; noise_labels
-    [B], the time t when the network is a velocity; class_labels [B, label_dim], one-hot; augment_labels
-    [B, augment_dim] or None. Returns [B, out_channels, R, R], or with features_only the end of the encoder,
-    [B, feature_width, r, r]; keep_features leaves that of the last whole pass in .features. Raises InputError
-    for a shape that does not fit, or missing class labels."""
+    forward(x, noise_labels, class_labels=None): x [B, in_channels, R, R]; noise_labels [B], the time t when
+    the network is a velocity; class_labels [B, label_dim], one-hot. Returns [B, out_channels, R, R], or with
+    features_only the end of the encoder, [B, feature_width, r, r]; keep_features leaves that of the last
+    whole pass in .features. augment_dim: published networks have weights for labels of augmentations, which
+    nothing here makes. Raises InputError for a shape that does not fit, or missing class labels."""
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
                  model_channels=128, channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4,
@@ -114,6 +115,8 @@ class EDMUNet(nn.Module):
         super().__init__()
         if img_resolution % 2 ** (len(channel_mult) - 1):
             raise InputError(f"resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times")
+        if model_channels % 2:
+            raise InputError(f"model_channels must be even, got {model_channels}")
         self.input_shape, self.label_dim = (in_channels, img_resolution, img_resolution), label_dim
         self.keep_features, self.features, self.t = False, None, None
         embedding = model_channels * channel_mult_emb
@@ -159,7 +162,7 @@ class EDMUNet(nn.Module):
         self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(width)
         self.dec[f"{size}x{size}_aux_conv"] = Conv(width, out_channels, 3, gain=1e-5)
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, features_only=False):
+    def forward(self, x, noise_labels, class_labels=None, features_only=False):
         if x.shape[1:] != self.input_shape:
             expected = list(self.input_shape)
             raise InputError(f"the network takes images of shape {expected}, got {list(x.shape[1:])}")
@@ -169,8 +172,6 @@ class EDMUNet(nn.Module):
         embedding = torch.cat([angle.sin(), angle.cos()], 1)  # [B, model_channels]
         if self.label_dim:
             embedding = embedding + self.map_label(class_labels * math.sqrt(self.label_dim))
-        if self.map_augment is not None and augment_labels is not None:
-            embedding = embedding + self.map_augment(augment_labels)
         embedding = F.silu(self.map_layer0(embedding))  # [B, channel_mult_emb * model_channels]
         embedding = F.silu(self.map_layer1(embedding))
         if x.device.type == "cpu":  # CUDA's group norm would make every tensor contiguous again
@@ -263,36 +264,31 @@ def check_values(what, values, table, *required):
 def build(network):
     """A velocity network from its description: EDMUNet's arguments, plus "edm_sigma_data" for EDMVelocity.
 
-    Raises InputError, before it allocates, if it cannot fit into memory."""
-    network = dict(network)
-    sigma_data = network.pop("edm_sigma_data", None)
+    It keeps that as .description. Raises InputError, before it allocates, if it cannot fit into memory."""
+    settings = dict(network)
+    sigma_data = settings.pop("edm_sigma_data", None)
     with torch.device("meta"):
-        weights = sum(p.numel() for p in EDMUNet(**network).parameters())
+        weights = sum(p.numel() for p in EDMUNet(**settings).parameters())
     check_memory("the network", 4 * weights)
-    net = EDMUNet(**network)
-    return net if sigma_data is None else EDMVelocity(net, sigma_data)
+    net = EDMUNet(**settings)
+    net = net if sigma_data is None else EDMVelocity(net, sigma_data)
+    net.description = network
+    return net
 
 
 def build_with_weights(network, shapes, read):
     """build(network) in evaluation mode with the weights that a file has: their shapes {name: shape}, and
-    read(name), one as a tensor. Raises InputError, before it allocates, unless the two fit each other."""
-    required = ("img_resolution", "in_channels", "out_channels", "label_dim")
-    check_values("network", network, DESCRIPTION, *required)
-    if network["in_channels"] != network["out_channels"] or network.get("model_channels", 128) % 2:
-        raise InputError("in_channels and out_channels must be equal, and model_channels even")
+    read(name), one as a tensor. Raises an error, before it allocates, unless the two fit each other."""
+    check_values(
+        "network", network, DESCRIPTION, "img_resolution", "in_channels", "out_channels", "label_dim")
     blocks = network.get("num_blocks", 4) * len(network.get("channel_mult", (2, 2, 2)))
     if 10 * blocks > len(shapes):
         raise InputError(f"it claims {blocks} blocks in the encoder and has {len(shapes)} tensors in all")
     for name in [name for name in shapes if name.endswith("resample_filter")]:
         if shapes[name] != (1, 1, 2, 2) or (read(name) != 0.25).any():
             raise InputError("its resampling filter is not supported; supported is [1, 1], a mean of 2x2")
-    with torch.device("meta"):
-        state = build(network).state_dict()
-    expected = {name: tuple(value.shape) for name, value in state.items()}
-    for name in sorted(expected.keys() | shapes.keys()):
-        held, needed = shapes.get(name), expected.get(name)
-        if held != needed:
-            raise InputError(f"{shown(name)} has shape {held}, a network of its description {needed}")
+    with torch.device("meta"):  # torch compares names and shapes
+        build(network).load_state_dict({name: torch.empty(shape) for name, shape in shapes.items()})
     net = build(network)
     for name, value in net.state_dict().items():
         if not value.copy_(read(name)).isfinite().all():
@@ -312,8 +308,8 @@ def refusals(path, kind):
     except InputError as error:
         raise InputError(f"{path} cannot be used: {str(error)[:400]}") from error
     except Exception as error:
-        reason = ascii(f"{type(error).__name__}: {error}"[:200])[1:-1]
-        raise InputError(f"{path} is no {kind}, or is damaged ({reason})") from error
+        what = ascii(f"{type(error).__name__}: {reason(error)}"[:200])[1:-1]
+        raise InputError(f"{path} is no {kind}, or is damaged ({what})") from error
 
 
 # ---- Published EDM networks as flow teachers ---------------------------------------------------------------
@@ -330,19 +326,13 @@ def load_edm(path):
     Float32, on the CPU, in evaluation mode. Nothing inside the file is executed. Raises InputError for a file
     that is missing, cut short, names any global beyond those of such files, or holds another network (NCSN++
     and ADM have other layers)."""
-    return read_edm(path)[0]
-
-
-def read_edm(path):
-    """load_edm's network, and its description as build() takes it."""
     with refusals(path, "EDM network"):
         outer = read_pickle(path)["ema"]
         inner = outer.state["_modules"]["model"]
         check_variant(outer, inner)
         weights = {f"net.{name}": tensor for name, tensor in inner.tensors().items()}  # names in EDMVelocity
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        network = edm_config(shapes, outer.state)
-        return build_with_weights(network, shapes, weights.get), network
+        return build_with_weights(edm_config(shapes, outer.state), shapes, weights.get)
 
 
 def check_variant(outer, inner):
@@ -416,21 +406,20 @@ def load_teacher(path, images, cond):
 
     Raises InputError if it does not fit the images, the conditioning or, where it names them, the classes."""
     if str(path).endswith(".pkl"):
-        net, network = read_edm(path)
-        names = images.classes  # a pickle has none
+        net, names = load_edm(path), images.classes  # a pickle names none
     else:
         net, description = load_network(path)
         if "generator" in description:
             raise InputError(f"{path} is a one-step generator, no teacher")
-        network, names = description["network"], description["classes"]
+        names = description["classes"]
+    network = net.description
     shape, data_shape = list(image_shape(network)), list(images.pixels.shape[1:])
     if shape != data_shape:
         raise InputError(f"{path} makes images of shape {shape}, the data has {data_shape}")
-    label_dim, classes = network["label_dim"], len(images.classes)
-    if label_dim != (classes if cond else 0):
-        held = f"conditional on {label_dim} classes" if label_dim else "unconditional"
-        wanted = f"conditional on {classes} classes (--cond)" if cond else "unconditional (no --cond)"
-        raise InputError(f"{path} is {held}, asked for is {wanted}")
+    held, wanted = network["label_dim"], len(images.classes) if cond else 0
+    if held != wanted:
+        kinds = [f"conditional on {n} classes" if n else "unconditional" for n in (held, wanted)]
+        raise InputError(f"{path} is {kinds[0]}, asked for is {kinds[1]} (see --cond)")
     if cond and names != images.classes:
         raise InputError(f"{path} has the classes {ascii(names)[:200]}, in this order, the data "
                          f"{ascii(images.classes)[:200]}")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
@@ -38,11 +39,9 @@ def read_image(path):
 
     Raises InputError, naming it, if it cannot be read, is no regular file (a pipe would be waited for) or
     holds several pictures."""
-    from PIL import Image, ImageOps
-
-    if not Path(path).is_file():
-        raise InputError(f"cannot read the image {path} (it is no regular file); fix or remove it")
     try:
+        if not Path(path).is_file():
+            raise OSError("it is no regular file")
         with Image.open(path) as image:
             # A photograph in MPO format holds itself and previews.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
@@ -63,8 +62,6 @@ def eight_bits(image):
     """A PIL image of 16-bit values 0..65535 (modes I;16 and I) or floats 0..1 (mode F), in RGB.
 
     Raises ValueError for other values."""
-    from PIL import Image
-
     values, top = np.asarray(image), 1 if image.mode == "F" else 65535
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):  # nor if one is NaN
@@ -79,8 +76,6 @@ def save_grid(path, images, columns=10, titles=(), least=600):
 
     They are enlarged without blur, by a whole factor, until the rows are `least` pixels wide or more. titles:
     one for each row, written at its left."""
-    from PIL import Image, ImageDraw, ImageFont
-
     n, _, h, w = images.shape
     columns = min(columns, n)
     rows = math.ceil(n / columns)
@@ -219,48 +214,41 @@ def image_folder(root, resolution):
     if not root.is_dir():
         raise InputError(f"unknown data set {str(root)!r}: neither cifar10, digits nor a folder")
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for folder in folders:
-        refuse_link_out(folder, root)
-    classes = sorted(folder.name for folder in folders)
-    with bar(f"listing {root}"):
-        files = {name: image_files(root / name) for name in classes}
-    empty = [name for name in classes if not files[name]]
-    if empty:
-        raise InputError(f"{root} has no images in its sub-folder {empty[0]}")
-    if not files:
+    folders.sort(key=lambda folder: folder.name)
+    if not folders:
         raise InputError(f"{root} has no sub-folders; it needs one a class, with the images inside")
-    check_memory(f"--resolution {resolution}", 3 * (resolution or 1) ** 2 * sum(map(len, files.values())))
-    labelled = [(label, path) for label, name in enumerate(classes) for path in files[name]]
+    labelled = []
+    with bar(f"listing {root}"):
+        for label, folder in enumerate(folders):
+            refuse_link_out(folder, root)
+            paths = image_files(folder)
+            if not paths:
+                raise InputError(f"{root} has no images in its sub-folder {folder.name}")
+            labelled += [(label, path) for path in paths]
+    check_memory(f"--resolution {resolution}", 3 * (resolution or 1) ** 2 * len(labelled))
+    classes = [folder.name for folder in folders]
     if process_rank() == 0:
         print(f"{len(labelled):,} images of {len(classes)} classes in {root}: {', '.join(classes)}"[:500])
-    pixels, labels = [], []
+    pixels = []
     with bar(f"reading {root}", len(labelled)) as shown:
-        for label, path in labelled:
+        for _, path in labelled:
             image = read_image(path)
             if resolution:
-                image = fit(image, resolution)
+                method = Image.Resampling.BOX if min(image.size) >= resolution else Image.Resampling.BICUBIC
+                image = ImageOps.fit(image, (resolution, resolution), method)  # its central square, resized
             elif image.width != image.height or (pixels and image.width != pixels[0].shape[0]):
                 first = f"{pixels[0].shape[1]}x{pixels[0].shape[0]}" if pixels else "square"
                 raise InputError(f"{path} is {image.width}x{image.height}, not {first}; "
                                  "--resolution R makes all images one size")
             pixels.append(np.asarray(image))
-            labels.append(label)
             shown.update()
-    return Images(channels_first(np.stack(pixels)), torch.tensor(labels), classes)
+    labels = torch.tensor([label for label, _ in labelled])
+    return Images(channels_first(np.stack(pixels)), labels, classes)
 
 
 def channels_first(pixels):
     """A uint8 numpy array [N, R, R, C] as a tensor [N, C, R, R]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # [N, R, R, C] -> [N, C, R, R]
-
-
-def fit(image, resolution):
-    """A PIL image, cropped to its central square and resized to resolution x resolution."""
-    from PIL import Image, ImageOps
-
-    shrinks = min(image.size) >= resolution
-    method = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
-    return ImageOps.fit(image, (resolution, resolution), method)
 
 
 def data_functions(images, label_dim, flip, device):
@@ -287,11 +275,6 @@ def data_functions(images, label_dim, flip, device):
 # ---- Drawing samples ---------------------------------------------------------------------------------------
 
 
-def images_at_once(shape):
-    """How many images [C, R, R] all processes together draw: 500, or fewer of more than 32x32."""
-    return max(1, 500 * 32**2 // max(32**2, shape[1] * shape[2]))
-
-
 def labels_of(indices, class_counts, seed=0):
     """Labels of the samples with these indices, int64 [B] each, as often as the data has each class.
 
@@ -299,7 +282,7 @@ def labels_of(indices, class_counts, seed=0):
     factor in common with N, so that N samples have each class exactly as often as the data; and it is near
     the golden section of N, so that fewer are spread as evenly as a lattice of one dimension can."""
     n = sum(class_counts)
-    step = max(1, round(n * (math.sqrt(5) - 1) / 2))
+    step = round(n * (math.sqrt(5) - 1) / 2)
     while math.gcd(step, n) > 1:
         step += 1
     positions = (indices + seed) % n * step % n
@@ -311,11 +294,12 @@ def draw_images(sampler, n, shape, class_counts, device, seed=0, classes=None, b
 
     class_counts: how many images of each class the data has, empty if the sampler takes no labels. Image i
     has the label of labels_of, or classes[i % len(classes)] if classes are given, and noise that depends on
-    (seed, i) alone. A collective call: the processes share each batch. A last batch that is not full is
-    filled with images that are dropped, because sharded networks must be called by all processes. what: the
-    title of a progress bar."""
+    (seed, i) alone. A collective call: the processes share each batch (default: 500 images, or fewer of more
+    than 32x32 pixels). A last batch that is not full is filled with images that are dropped, because sharded
+    networks must be called by all processes. what: the title of a progress bar."""
     check_memory(f"{n} images", 2 * n * math.prod(shape))
-    share = math.ceil(min(batch or images_at_once(shape), n) / world_size())
+    batch = batch or max(1, 500 * 32**2 // max(32**2, math.prod(shape[1:])))
+    share = math.ceil(min(batch, n) / world_size())
     size = share * world_size()
     indices = torch.arange(math.ceil(n / size) * size)
     if not class_counts:

@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
-import fgm
 from fgm import InputError, process_rank
 from parts import progress
 from parts.bars import bar, batches
 from parts.edm import refusals
+from parts.files import reason, save_tensors
 from parts.images import save_grid, shrunk, to_float
-from parts.run import save_tensors
-from parts.sizes import check_memory
 
 # ---- Fréchet distances -------------------------------------------------------------------------------------
 
@@ -33,9 +32,7 @@ class Gaussian:
         if len(features) < 2:
             raise InputError(f"a Fréchet distance needs two images on either side, got {len(features)}")
         if not features.isfinite().all():
-            raise InputError("no Fréchet distance: the features of some images are not finite")
-        size = features.shape[1]
-        check_memory(f"a Fréchet distance of {size} values a sample", 3 * 8 * size**2)
+            raise InputError("no Fréchet distance: some features are not finite")
         features = features.double()
         self.mean, self.cov = features.mean(0), torch.cov(features.T)
 
@@ -79,11 +76,6 @@ def coarse_pixels(pixels, resolution=16):
     return raw_pixels(shrunk(pixels, resolution))
 
 
-def pixel_frechet(real, fake):
-    """Fréchet distance on the raw pixels (-1..1) of images."""
-    return frechet_distance(raw_pixels(real), raw_pixels(fake))
-
-
 def random_order(n):
     """A fixed random permutation of 0..n-1."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
@@ -120,11 +112,10 @@ def accuracy(judge, features, labels):
 class Judge:
     """A support vector classifier of features [N, D], trained on real ones: for images as small as digits.
 
-    own_accuracy: its cross-validated accuracy on real ones if folds are given (as many fits, no more than the
-    smallest class has samples), else None; None too if a class has one sample. Raises InputError for one
-    class."""
+    own_accuracy: its accuracy on real ones, cross-validated by as many fits as there are folds, no more than
+    the smallest class has samples; None for one fold. Raises InputError for one class."""
 
-    def __init__(self, features, labels, folds=None):
+    def __init__(self, features, labels, folds=1):
         from sklearn.model_selection import cross_val_score
         from sklearn.svm import SVC
 
@@ -132,7 +123,7 @@ class Judge:
         _, sizes = np.unique(y, return_counts=True)
         if len(sizes) < 2:
             raise InputError(f"a judge of labels needs images of at least two classes, got {len(sizes)}")
-        folds = min(folds or 1, sizes.min())
+        folds = min(folds, sizes.min())
         self.own_accuracy = None
         if folds > 1:
             self.own_accuracy = float(cross_val_score(SVC(C=10), x, y, cv=folds).mean())
@@ -192,36 +183,28 @@ class NetworkJudge:
 
     With labels it tells the classes apart. Without, it tells by how many quarter turns an image was turned
     (RotNet, arXiv 1803.07728), which takes no labels, and shapes to tell, not colours alone as clusters of
-    pixels do. about: what its file says of it: what it was trained on, and own_accuracy, measured on a tenth
-    of the images that it was not trained on (None if there are none)."""
+    pixels do. about: what it was trained on, as its file says; own_accuracy: measured on a tenth of the
+    images, that it was not trained on (None if there are none)."""
 
-    def __init__(self, about, device):
-        channels, resolution = about["shape"][:2]
-        self.about, self.device, self.side = about, device, min(resolution, 32)
-        self.net = judge_network(channels, self.side, len(about["classes"]) or 4).to(device).eval()
-
-    @staticmethod
-    def description(images, cond):
-        """What about says of the images."""
-        return {"shape": list(images.pixels.shape[1:]), "classes": images.classes if cond else [],
-                "images": images.fingerprint()}
+    def __init__(self, images, cond, device):
+        channels, resolution = images.pixels.shape[1:3]
+        self.device, self.side, classes = device, min(resolution, 32), images.classes if cond else []
+        self.about, self.own_accuracy = {"classes": classes, "images": images.fingerprint()}, None
+        self.net = judge_network(channels, self.side, len(classes) or 4).to(device).eval()
 
     @classmethod
     def load(cls, path, images, cond, device):
         """The judge in a file. Raises InputError if it is damaged, or of other images or classes."""
         from safetensors import safe_open
 
+        judge = cls(images, cond, device)
         with refusals(path, "judge of cifar.py"), safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["judge"])
-            for name, value in cls.description(images, cond).items():
+            for name, value in judge.about.items():
                 if about[name] != value:
                     raise InputError(f"it was trained for other {name}; remove it, or name another --out")
-            if about["own_accuracy"] is not None:
-                fgm.check_setting("its accuracy", about["own_accuracy"], "[0, 1]")
-            judge = cls(about, device)
+            judge.own_accuracy = about["own_accuracy"]
             judge.net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-            if not all(value.isfinite().all() for value in judge.net.state_dict().values()):
-                raise InputError("some of its weights are not finite")
         return judge
 
     @classmethod
@@ -231,7 +214,7 @@ class NetworkJudge:
         moved by up to a sixteenth of their side and, if flip, mirrored."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            judge = cls(cls.description(images, cond), device)
+            judge = cls(images, cond, device)
         net, side, moves = judge.net.train(), judge.side, judge.side // 16
         held, trained = hold_out(images.labels)
         seen = min(seen or (1_620_000 if device.type == "cuda" else 270_000), 60 * len(trained))
@@ -239,7 +222,7 @@ class NetworkJudge:
         steps, epochs = seen // batch, math.ceil(seen / len(trained))
         adam = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
         cycle = torch.optim.lr_scheduler.OneCycleLR(adam, 0.008, total_steps=steps + 1, pct_start=0.25)
-        pixels, labels = shrunk(images.pixels, side).to(torch.uint8).to(device), images.labels.to(device)
+        pixels, labels = shrunk(images.pixels, side).to(device, torch.uint8), images.labels.to(device)
         draws = torch.Generator().manual_seed(0)
         order = torch.cat([trained[torch.randperm(len(trained), generator=draws)] for _ in range(epochs)])
         for begin in batches(steps * batch, batch, "training the judge"):
@@ -257,25 +240,16 @@ class NetworkJudge:
             adam.step()
             cycle.step()
         judge.net.eval()
-        judge.about["own_accuracy"] = judge.accuracy_on(pixels[held], labels[held]) if len(held) else None
+        if len(held):
+            x, target = images.pixels[held], images.labels[held]
+            x, target = (x, target) if cond else turned(x)
+            judge.own_accuracy = judge.agrees(judge.features(x), target).float().mean().item()
         return judge
 
     def save(self, path):
         state = {name: value.cpu().contiguous() for name, value in self.net.state_dict().items()}
-        save_tensors(state, path, {"judge": json.dumps(self.about)})
-
-    @property
-    def own_accuracy(self):
-        return self.about["own_accuracy"]
-
-    @torch.no_grad()
-    def accuracy_on(self, pixels, labels):
-        """The share of images whose label it tells, or the turns, if it knows no labels."""
-        right = []
-        for x, target in zip(to_float(pixels).split(500), labels.split(500), strict=True):
-            x, target = (x, target) if self.about["classes"] else turned(x)
-            right.append(self.net(x).argmax(1) == target)
-        return torch.cat(right).float().mean().item()
+        about = self.about | {"own_accuracy": self.own_accuracy}
+        save_tensors(state, path, {"judge": json.dumps(about)})
 
     @torch.no_grad()
     def features(self, pixels):
@@ -294,8 +268,6 @@ class NetworkJudge:
 
 # ---- All scores of a run -----------------------------------------------------------------------------------
 
-SMALL = 8  # pixels: images of at most this side are judged by their values
-
 
 class Scores:
     """What the rows of a run's table are measured with, on the first process, against the real images.
@@ -305,7 +277,7 @@ class Scores:
 
     def __init__(self, real, cond, flip, device, judge):
         self.judge, n = None, len(real.pixels)
-        if real.pixels.shape[-1] <= SMALL:
+        if real.pixels.shape[-1] <= 8:
             if cond:
                 with bar("training the judge"):
                     self.judge = train_judge(real)
@@ -344,19 +316,6 @@ class Scores:
 # ---- FID ---------------------------------------------------------------------------------------------------
 
 
-class RGB(torch.utils.data.Dataset):
-    """uint8 images [N, C, R, R], C 1 or 3, as torch-fidelity takes them: a data set of uint8 [3, R, R]."""
-
-    def __init__(self, pixels):
-        self.pixels = pixels.expand(-1, 3, -1, -1)
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def __getitem__(self, i):
-        return self.pixels[i]
-
-
 @cache
 def inception(weights, device):
     """torch-fidelity's Inception network. weights: their file, None to download them.
@@ -370,28 +329,22 @@ def inception(weights, device):
         return create_feature_extractor("inception-v3-compat", ["2048"], cuda=device.type == "cuda",
                                         verbose=False, feature_extractor_weights_path=weights)
     except Exception as error:  # a foreign file can fail in any way at all
+        what = "the Inception weights cannot be downloaded; give --inception-weights FILE"
         if weights:
-            reason = f"the Inception weights {weights} cannot be used"
-        else:
-            reason = "the Inception weights cannot be downloaded; give --inception-weights FILE"
-        raise InputError(f"no FID: {reason} ({' '.join(str(error).split())[:200]})") from error
+            what = f"the Inception weights {weights} cannot be used"
+        raise InputError(f"no FID: {what} ({reason(error)})") from error
 
 
 def inception_statistics(pixels, weights, device):
-    """{"mu": mean [2048], "sigma": covariance} of the Inception features of uint8 images [N, C, R, R].
+    """The Gaussian of the Inception features [N, 2048] of uint8 images [N, C, R, R], C 1 or 3."""
+    from torch_fidelity.utils import extract_featuresdict_from_input_id_cached
 
-    Raises InputError for fewer than two images, and for features that are not finite."""
-    from torch_fidelity.metric_fid import fid_input_id_to_statistics
-
-    if len(pixels) < 2:
-        raise InputError(f"no FID: it needs at least two images on either side, got {len(pixels)}")
     network, on_gpu = inception(weights, device), device.type == "cuda"
+    images = Subset(pixels.expand(-1, 3, -1, -1), range(len(pixels)))  # a data set of uint8 [3, R, R]
     with bar(f"Inception features of {len(pixels):,} images"):
-        statistics = fid_input_id_to_statistics(1, network, "2048", input1=RGB(pixels), cuda=on_gpu,
-                                                verbose=False)
-    if not np.isfinite(statistics["sigma"]).all():
-        raise InputError("no FID: some Inception features are not finite; are the Inception weights whole?")
-    return statistics
+        features = extract_featuresdict_from_input_id_cached(1, network, input1=images, cuda=on_gpu,
+                                                             verbose=False)
+    return Gaussian(features["2048"])
 
 
 # One tensor of real images is scored against again and again. In memory, because torch-fidelity's own cache
@@ -400,11 +353,8 @@ real_statistics = lru_cache(maxsize=1)(inception_statistics)
 
 
 def fid(real, fake, weights, device):
-    """Fréchet Inception distance of uint8 images, by torch-fidelity.
+    """Fréchet Inception distance of uint8 images, on the features of torch-fidelity's Inception network.
 
-    weights: a file of its Inception network, None to download it. Raises InputError if that cannot be had.
-    The features of real are computed once, as long as it is the same tensor."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
-    statistics = inception_statistics(fake, weights, device), real_statistics(real, weights, device)
-    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    weights: its file, None to download it. Raises InputError if that cannot be had, and as Gaussian does. The
+    features of real are computed once, as long as it is the same tensor."""
+    return real_statistics(real, weights, device).distance(inception_statistics(fake, weights, device))

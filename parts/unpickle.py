@@ -39,18 +39,16 @@ class Module:
             raise InputError("it names a class by what is no name")
         self.class_name, self.state = class_name, state
 
-    def modules(self):
-        """[(prefix of its tensors' names, module)] of this module and those inside."""
-        waiting, found, met = [("", self)], [], set()
-        while waiting:
-            prefix, module = waiting.pop()
-            if id(module) in met:  # in itself, or along very many paths
-                raise InputError("a module in it has two places")
-            met.add(id(module))
-            found.append((prefix, module))
-            children = module.state["_modules"].items()
-            waiting += [(f"{prefix}{name}.", child) for name, child in children if child is not None]
-        return found
+    def modules(self, prefix="", met=None):
+        """Yields (prefix of its tensors' names, module) for this module and those inside."""
+        met = set() if met is None else met
+        if id(self) in met:  # in itself, or along very many paths
+            raise InputError("a module in it has two places")
+        met.add(id(self))
+        yield prefix, self
+        for name, child in self.state["_modules"].items():
+            if child is not None:
+                yield from child.modules(f"{prefix}{name}.", met)
 
     def tensors(self):
         """{name: tensor, a view} of the parameters and buffers of this module and those inside."""

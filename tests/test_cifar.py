@@ -38,7 +38,7 @@ from parts.edm import (
 from parts.gan import GAN
 from parts.images import draw_images, load_images
 from parts.run import noise_from
-from parts.scores import pixel_frechet
+from parts.scores import frechet_distance, raw_pixels
 
 SMALL = [
     "--data", "digits", "--model-channels", "8", "--num-blocks", "1", "--batch", "16", "--kimg", "0.32",
@@ -373,7 +373,7 @@ def test_command_writes_what_it_promises(finished):
     assert description["class_counts"] == real.class_counts()
     assert metrics["labels"] == "drawn as often as the data has each class"
     pixels, labels = draw_images(generator, 60, (1, 8, 8), real.class_counts(), "cpu")
-    distance = pixel_frechet(real.pixels, pixels)
+    distance = frechet_distance(raw_pixels(real.pixels), raw_pixels(pixels))
     assert distance == pytest.approx(metrics["one_step"], rel=1e-3)
     curves, teacher = progress.read(out / "log.jsonl")  # on as few samples, the same distance
     assert curves["score"] == ([20], [pytest.approx(metrics["one_step"])])

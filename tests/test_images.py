@@ -71,10 +71,10 @@ def test_pixel_frechet_of_known_gaussians():
     """Shifted, and scaled along axes: |shift|^2 + sum (s - s')^2. Rounding to uint8 adds 1e-5 per pixel."""
     n = torch.randn(200_000, 1, 2, 1, generator=torch.Generator().manual_seed(0))
     a, b = 0.1 * n, 0.2 + torch.tensor([0.2, 0.05]).view(1, 2, 1) * n
-    a, b = images.to_uint8(a), images.to_uint8(b)
+    a, b = (scores.raw_pixels(images.to_uint8(x)) for x in (a, b))
     expected = 2 * 0.2**2 + 0.1**2 + 0.05**2
-    assert scores.pixel_frechet(a, b) == pytest.approx(expected, rel=0.01)
-    assert scores.pixel_frechet(a, a) == pytest.approx(0, abs=1e-8)
+    assert scores.frechet_distance(a, b) == pytest.approx(expected, rel=0.01)
+    assert scores.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
 
 
 def test_judge_of_real_digits():
