@@ -25,7 +25,7 @@ import torch
 import fgm
 from fgm import InputError
 from parts import edm, flags, images, memory, run, scores, sizes
-from parts.edm import build, image_shape, load_network, load_teacher
+from parts.edm import EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from parts.flags import Setting
 from parts.gan import GAN
 
@@ -212,14 +212,24 @@ def initial_network(args, real, label_dim):
     return build(network), network
 
 
-def scorer_of(args, real, device, out):
+def check_scores(args, real, device, judge):
+    """A score that cannot be measured fails here, on all processes, and not at the end."""
+    if len(real.pixels) < 4:
+        raise InputError(f"the data has {len(real.pixels)} images; its scores need at least 4")
+
+    def check():
+        if judge.exists():
+            scores.NetworkJudge.load(judge, real, args.cond, device)
+        if args.fid:
+            scores.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device)
+
+    run.first_process(check)
+
+
+def scorer_of(args, real, device, judge):
     """What scores this run's samples, on the first process; None on the others. A collective call."""
     made = []
-
-    def make():
-        made.append(scores.Scores(real, args.cond, args.flip, device, out / "judge.safetensors"))
-
-    run.first_process(make)
+    run.first_process(lambda: made.append(scores.Scores(real, args.cond, args.flip, device, judge)))
     return made[0] if made else None
 
 
@@ -238,12 +248,7 @@ def main():
     shape = image_shape(network)
     sizes.check_sizes(args, device, math.prod(shape))
     out = run.open_folder(out_folder(args))
-    if len(real.pixels) < 4:
-        raise InputError(f"the data has {len(real.pixels)} images; its scores need at least 4")
-    if args.fid:  # a trial
-        run.first_process(
-            lambda: scores.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device))
-    net = net.to(device)
+    net, judge = net.to(device), out / "judge.safetensors"
     memory.settle_micro_batch(args, net, shape, label_dim)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
@@ -264,12 +269,11 @@ def main():
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
 
-    # One distillation step, and the scorer: what would stop them should do so before the teacher trains.
+    # One distillation step, and the scores: what would stop them should do so before the teacher trains.
     fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=copy.deepcopy(gan),
                 **settings | {"steps": 1, "compile": False})
-    began = time.perf_counter()
-    scorer = scorer_of(args, real, device, out)
-    seconds = {"judge": time.perf_counter() - began}
+    check_scores(args, real, device, judge)
+    seconds = {"teacher": 0.0}
 
     # The teacher, by ReFlow (3.6).
     if not args.teacher:
@@ -297,7 +301,7 @@ def main():
     run.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(description)})
 
     # Samples, scores, pictures.
-    began = time.perf_counter()
+    began, scorer = time.perf_counter(), scorer_of(args, real, device, judge)
     steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)
     samplers = {number: partial(fgm.sample_ode, teacher, steps=number) for number in steps}
     rows = score(args, real, device, scorer, samplers | {"one step": generator}, draw, out)

@@ -103,11 +103,11 @@ class Block(nn.Module):
 class EDMUNet(nn.Module):
     """EDM's CIFAR-10 network, parameter for parameter the published one without the prefix "model.".
 
-    forward(x, noise_labels, class_labels=None): x [B, in_channels, R, R]; noise_labels [B], the time t when
-    the network is a velocity; class_labels [B, label_dim], one-hot. Returns [B, out_channels, R, R], or with
-    features_only the end of the encoder, [B, feature_width, r, r]; keep_features leaves that of the last
-    whole pass in .features. augment_dim: published networks have weights for labels of augmentations, which
-    nothing here makes. Raises InputError for a shape that does not fit, or missing class labels."""
+    forward(x, noise_labels, class_labels=None, augment_labels=None): x [B, in_channels, R, R]; noise_labels
+    [B], the time t when the network is a velocity; class_labels [B, label_dim], one-hot; augment_labels
+    [B, augment_dim] or None. Returns [B, out_channels, R, R], or with features_only the end of the encoder,
+    [B, feature_width, r, r]; keep_features leaves that of the last whole pass in .features. Raises InputError
+    for a shape that does not fit, or missing class labels."""
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
                  model_channels=128, channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4,
@@ -162,7 +162,7 @@ class EDMUNet(nn.Module):
         self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(width)
         self.dec[f"{size}x{size}_aux_conv"] = Conv(width, out_channels, 3, gain=1e-5)
 
-    def forward(self, x, noise_labels, class_labels=None, features_only=False):
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, features_only=False):
         if x.shape[1:] != self.input_shape:
             expected = list(self.input_shape)
             raise InputError(f"the network takes images of shape {expected}, got {list(x.shape[1:])}")
@@ -172,6 +172,8 @@ class EDMUNet(nn.Module):
         embedding = torch.cat([angle.sin(), angle.cos()], 1)  # [B, model_channels]
         if self.label_dim:
             embedding = embedding + self.map_label(class_labels * math.sqrt(self.label_dim))
+        if self.map_augment is not None and augment_labels is not None:
+            embedding = embedding + self.map_augment(augment_labels)
         embedding = F.silu(self.map_layer0(embedding))  # [B, channel_mult_emb * model_channels]
         embedding = F.silu(self.map_layer1(embedding))
         if x.device.type == "cpu":  # CUDA's group norm would make every tensor contiguous again

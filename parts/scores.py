@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Subset
 
 from fgm import InputError, process_rank
 from parts import progress
@@ -316,6 +315,19 @@ class Scores:
 # ---- FID ---------------------------------------------------------------------------------------------------
 
 
+class RGB(torch.utils.data.Dataset):
+    """uint8 images [N, C, R, R], C 1 or 3, as torch-fidelity takes them: a data set of uint8 [3, R, R]."""
+
+    def __init__(self, pixels):
+        self.pixels = pixels.expand(-1, 3, -1, -1)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, i):
+        return self.pixels[i]
+
+
 @cache
 def inception(weights, device):
     """torch-fidelity's Inception network. weights: their file, None to download them.
@@ -336,15 +348,20 @@ def inception(weights, device):
 
 
 def inception_statistics(pixels, weights, device):
-    """The Gaussian of the Inception features [N, 2048] of uint8 images [N, C, R, R], C 1 or 3."""
-    from torch_fidelity.utils import extract_featuresdict_from_input_id_cached
+    """{"mu": mean [2048], "sigma": covariance} of the Inception features of uint8 images [N, C, R, R].
 
+    Raises InputError for fewer than two images, and for features that are not finite."""
+    from torch_fidelity.metric_fid import fid_input_id_to_statistics
+
+    if len(pixels) < 2:
+        raise InputError(f"no FID: it needs at least two images on either side, got {len(pixels)}")
     network, on_gpu = inception(weights, device), device.type == "cuda"
-    images = Subset(pixels.expand(-1, 3, -1, -1), range(len(pixels)))  # a data set of uint8 [3, R, R]
     with bar(f"Inception features of {len(pixels):,} images"):
-        features = extract_featuresdict_from_input_id_cached(1, network, input1=images, cuda=on_gpu,
-                                                             verbose=False)
-    return Gaussian(features["2048"])
+        statistics = fid_input_id_to_statistics(1, network, "2048", input1=RGB(pixels), cuda=on_gpu,
+                                                verbose=False)
+    if not np.isfinite(statistics["sigma"]).all():
+        raise InputError("no FID: some Inception features are not finite; are the Inception weights whole?")
+    return statistics
 
 
 # One tensor of real images is scored against again and again. In memory, because torch-fidelity's own cache
@@ -353,8 +370,11 @@ real_statistics = lru_cache(maxsize=1)(inception_statistics)
 
 
 def fid(real, fake, weights, device):
-    """Fréchet Inception distance of uint8 images, on the features of torch-fidelity's Inception network.
+    """Fréchet Inception distance of uint8 images, by torch-fidelity.
 
-    weights: its file, None to download it. Raises InputError if that cannot be had, and as Gaussian does. The
-    features of real are computed once, as long as it is the same tensor."""
-    return real_statistics(real, weights, device).distance(inception_statistics(fake, weights, device))
+    weights: a file of its Inception network, None to download it. Raises InputError if that cannot be had.
+    The features of real are computed once, as long as it is the same tensor."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    statistics = inception_statistics(fake, weights, device), real_statistics(real, weights, device)
+    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
