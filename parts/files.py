@@ -76,7 +76,9 @@ def save_tensors(tensors, path, metadata=None):
 
 
 def file_digest(path):
-    """SHA-256 of a file's content."""
+    """SHA-256 of a file's content. Raises OSError if it is no regular file: a pipe would be waited for."""
+    if not Path(path).is_file():
+        raise OSError(f"{path} is no regular file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

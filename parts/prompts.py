@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import random
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,7 @@ SCENES = (
 STYLES = (
     "a photo of {}", "an oil painting of {}", "a watercolour of {}", "a pencil drawing of {}",
     "a photo of {}, highly detailed", "{}, studio light", "{}")
+ENGLISH = {r"\ba (?=[aeiou])": "an ", r"(x|ch|us)s\b": r"\1es", "sheeps": "sheep"}  # of articles and plurals
 
 
 def grammar(n=8192, seed=0):
@@ -96,7 +98,10 @@ def grammar(n=8192, seed=0):
         count, position = choose.choice(COUNTS), choose.choice(POSITIONS)
         subject = choose.choice(SUBJECTS).format(
             a=a, b=b, colour=colour, other=other, count=count, position=position)
-        found[choose.choice(STYLES).format(subject + choose.choice(SCENES))] = None
+        prompt = choose.choice(STYLES).format(subject + choose.choice(SCENES))
+        for pattern, right in ENGLISH.items():
+            prompt = re.sub(pattern, right, prompt)
+        found[prompt] = None
     return list(found)
 
 

@@ -1,5 +1,6 @@
 """Real images: every way in which captions are written is found, and what has none is told."""
 
+import os
 import unicodedata
 
 import pytest
@@ -68,6 +69,13 @@ def test_a_bad_table_is_named(tmp_path, content):
     (tmp_path / "metadata.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(fgm.InputError, match="metadata.csv: every line must have the columns file_name"):
         real.load_real(tmp_path)
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(model, tmp_path):
+    os.mkfifo(tmp_path / "1.png")
+    with pytest.raises(fgm.InputError, match="1.png is no regular file"):
+        real.encode_images(
+            model, [tmp_path / "1.png"], (32, 32), (16, 4, 4), tmp_path / "cache", CPU, torch.float32)
 
 
 def test_another_image_and_other_latents_of_the_same_name_and_size_are_noticed(model, tmp_path):
