@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 from fgm import InputError, process_rank
 from parts import progress
@@ -315,19 +316,6 @@ class Scores:
 # ---- FID ---------------------------------------------------------------------------------------------------
 
 
-class RGB(torch.utils.data.Dataset):
-    """uint8 images [N, C, R, R], C 1 or 3, as torch-fidelity takes them: a data set of uint8 [3, R, R]."""
-
-    def __init__(self, pixels):
-        self.pixels = pixels.expand(-1, 3, -1, -1)
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def __getitem__(self, i):
-        return self.pixels[i]
-
-
 @cache
 def inception(weights, device):
     """torch-fidelity's Inception network. weights: their file, None to download them.
@@ -356,8 +344,9 @@ def inception_statistics(pixels, weights, device):
     if len(pixels) < 2:
         raise InputError(f"no FID: it needs at least two images on either side, got {len(pixels)}")
     network, on_gpu = inception(weights, device), device.type == "cuda"
+    images = Subset(pixels.expand(-1, 3, -1, -1), range(len(pixels)))  # a data set of uint8 [3, R, R]
     with bar(f"Inception features of {len(pixels):,} images"):
-        statistics = fid_input_id_to_statistics(1, network, "2048", input1=RGB(pixels), cuda=on_gpu,
+        statistics = fid_input_id_to_statistics(1, network, "2048", input1=images, cuda=on_gpu,
                                                 verbose=False)
     if not np.isfinite(statistics["sigma"]).all():
         raise InputError("no FID: some Inception features are not finite; are the Inception weights whole?")
