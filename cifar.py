@@ -218,7 +218,7 @@ def check_scores(args, real, device, judge):
         raise InputError(f"the data has {len(real.pixels)} images; its scores need at least 4")
 
     def check():
-        if judge.exists():
+        if judge.exists() and not args.overwrite and real.pixels.shape[-1] > scores.SMALL:
             scores.NetworkJudge.load(judge, real, args.cond, device)
         if args.fid:
             scores.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device)
@@ -248,7 +248,9 @@ def main():
     shape = image_shape(network)
     sizes.check_sizes(args, device, math.prod(shape))
     out = run.open_folder(out_folder(args))
-    net, judge = net.to(device), out / "judge.safetensors"
+    judge = out / "judge.safetensors"
+    check_scores(args, real, device, judge)  # before --overwrite removes anything
+    net = net.to(device)
     memory.settle_micro_batch(args, net, shape, label_dim)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
@@ -269,10 +271,9 @@ def main():
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
 
-    # One distillation step, and the scores: what would stop them should do so before the teacher trains.
+    # One distillation step now: what would stop it should not do so after the teacher's training.
     fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=copy.deepcopy(gan),
                 **settings | {"steps": 1, "compile": False})
-    check_scores(args, real, device, judge)
     seconds = {"teacher": 0.0}
 
     # The teacher, by ReFlow (3.6).
@@ -374,7 +375,8 @@ def print_results(args, real, scorer, rows, seconds, out):
     columns = {name: metric_name(args, name) for name in ("fid", *TITLES)}
     columns |= {name: name.replace("_", " ") for name in FORMATS}
     columns = {name: heading for name, heading in columns.items() if name in rows["one step"]}
-    print(f"  {'':18}" + "".join(f"{heading:>{len(heading) + 4}}" for heading in columns.values()))
+    widths = {name: max(12, len(heading) + 4) for name, heading in columns.items()}
+    print(f"  {'':18}" + "".join(f"{heading:>{widths[name]}}" for name, heading in columns.items()))
 
     lines = {title(name): row for name, row in rows.items()}
     for what, row in {f"data, {scorer.split}": scorer.of_data, **lines}.items():
@@ -382,8 +384,7 @@ def print_results(args, real, scorer, rows, seconds, out):
                  if row.get(name) is not None}
         if row.get("noise") is not None:
             cells[scorer.main] += f" +- {row['noise']:.4f}"
-        print(f"  {what:18}"
-              + "".join(f"{cells.get(name, ''):>{len(heading) + 4}}" for name, heading in columns.items()))
+        print(f"  {what:18}" + "".join(f"{cells.get(name, ''):>{widths[name]}}" for name in columns))
 
     print("  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
           + f"; pictures and metrics.json in {out}")

@@ -485,7 +485,7 @@ def check_setting(name, value, allowed, whole=False):
             raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         return
     if isinstance(allowed, tuple):
-        if np.shape(value) != (len(allowed),):
+        if not isinstance(value, tuple | list) or len(value) != len(allowed) or None in value:
             raise InputError(f"{name} must be {len(allowed)} numbers, got {value!r}")
         for number, interval in zip(value, allowed, strict=True):
             check_setting(name, number, interval, whole)

@@ -283,6 +283,8 @@ def build_with_weights(network, shapes, read):
     read(name), one as a tensor. Raises an error, before it allocates, unless the two fit each other."""
     check_values(
         "network", network, DESCRIPTION, "img_resolution", "in_channels", "out_channels", "label_dim")
+    if network["in_channels"] != network["out_channels"]:
+        raise InputError("in_channels and out_channels must be equal")
     blocks = network.get("num_blocks", 4) * len(network.get("channel_mult", (2, 2, 2)))
     if 10 * blocks > len(shapes):
         raise InputError(f"it claims {blocks} blocks in the encoder and has {len(shapes)} tensors in all")

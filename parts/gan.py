@@ -16,12 +16,12 @@ class GAN(nn.Module):
     """A light convolutional head on hidden states of the online flow tells noised real data from noised
     generated ones (appendix B.2, there latents and block 2 of SD3's transformer).
 
-    t is drawn from the flow's own, low-noise distribution. In the flow's update the features of generated
-    data are those of the pass that the flow loss has just made, flow.features at flow.t; those of real data,
-    and the generator's, are flow.features_of(x, t, **cond). The paper states no reduction; arXiv 2405.14867,
-    which it follows, averages FGM's loss and the GAN's over the D numbers of a sample. Ours are sums, so that
-    the GAN's gets the factor D: FGM / D + weight * GAN, D times. Summed over its logits instead (1 / 256 of D
-    at SD3's patch size), its gradient at x0 would be about a thousandth of L2's.
+    t is drawn from the flow's own distribution (SD3's: at low noise). In the flow's update the features of
+    generated data are those of the pass that the flow loss has just made, flow.features at flow.t; those of
+    real data, and the generator's, are flow.features_of(x, t, **cond). The paper states no reduction; arXiv
+    2405.14867, which it follows, averages FGM's loss and the GAN's over the D numbers of a sample. Ours are
+    sums, so that the GAN's gets the factor D: FGM / D + weight * GAN, D times. Summed over its logits instead
+    (1 / 256 of D at SD3's patch size), its gradient at x0 would be about a thousandth of L2's.
 
     real(seeds) -> (x0 [B, ...], cond): the real data that int64 seeds [B] choose. Features are maps
     [B, width, h, w], or tokens [B, h w, width] of a grid (h, w)."""

@@ -274,7 +274,7 @@ def print_memory(args, folder, config, shape, bf16, device):
     config: the transformer's; shape: of a latent.
 
     Raises InputError if half of it is more than the device has: it is an estimate."""
-    text_tokens = 77 + 256  # CLIP's and T5's
+    text_tokens = 77 + 256  # CLIP's and T5's; the miniature has 16 + 256
     shared = list(args.t_flow) == list(args.t_generator) and not args.real
     together = args.l1_weight != 1 and not args.two_graphs
     processes = fgm.world_size()

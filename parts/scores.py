@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
+import fgm
 from fgm import InputError, process_rank
 from parts import progress
 from parts.bars import bar, batches
@@ -204,7 +205,10 @@ class NetworkJudge:
                 if about[name] != value:
                     raise InputError(f"it was trained for other {name}; remove it, or name another --out")
             judge.own_accuracy = about["own_accuracy"]
+            fgm.check_setting("its accuracy", judge.own_accuracy, "[0, 1]")
             judge.net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+            if not all(value.isfinite().all() for value in judge.net.state_dict().values()):
+                raise InputError("some of its weights are not finite")
         return judge
 
     @classmethod
@@ -269,15 +273,19 @@ class NetworkJudge:
 # ---- All scores of a run -----------------------------------------------------------------------------------
 
 
+SMALL = 8  # pixels: up to this size images are scored by their values
+
+
 class Scores:
     """What the rows of a run's table are measured with, on the first process, against the real images.
 
-    Images of up to 8x8 pixels: their values, and a support vector machine for labels. Larger ones: features
-    of a NetworkJudge, read from the file judge, or trained and kept there; and pixels averaged to 16x16."""
+    Images of up to SMALL pixels a side: their values, and a support vector machine for labels. Larger ones:
+    features of a NetworkJudge, from the file judge, or trained and kept there; and pixels averaged to 16x16.
+    """
 
     def __init__(self, real, cond, flip, device, judge):
         self.judge, n = None, len(real.pixels)
-        if real.pixels.shape[-1] <= 8:
+        if real.pixels.shape[-1] <= SMALL:
             if cond:
                 with bar("training the judge"):
                     self.judge = train_judge(real)

@@ -1,5 +1,7 @@
 """Image files, data sets, and the scores of samples."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -189,6 +191,15 @@ def test_judge_file_is_used_again_or_refused(judged, large_digits, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(fgm.InputError, match="damaged"):
             scores.NetworkJudge.load(path, large_digits, cond, cpu)
+    again.own_accuracy = "high"
+    again.save(path)
+    with pytest.raises(fgm.InputError, match="its accuracy must be"):
+        scores.NetworkJudge.load(path, large_digits, cond, cpu)
+    again.own_accuracy = None
+    again.net[-1].bias.data[0] = math.nan
+    again.save(path)
+    with pytest.raises(fgm.InputError, match="not finite"):
+        scores.NetworkJudge.load(path, large_digits, cond, cpu)
 
 
 def test_judge_knows_every_class_whatever_is_held_out():

@@ -158,7 +158,8 @@ def test_bad_input_is_named(call, message):
         ("(-inf, inf)", [-1e30, 0], [math.inf, -math.inf]),
         (["none", "sid"], ["none", "sid"], ["", "SiD"]),
         (("[-20, 20]", "[0, 20]"), [(-20, 0), (20, 20)], [(0, -1), (-21, 1), (math.nan, 1), (0, math.inf)]),
-        (("[-20, 20]", "[0, 20]"), [[-20, 0]], [(0, 1, 2), (0,), 0.5, "ab", torch.zeros(3)]),
+        (("[-20, 20]", "[0, 20]"), [[-20, 0]],
+         [(0, 1, 2), (0,), (None, 1), ([1], [1, 2]), 0.5, "ab", np.zeros(3)]),
     ],
 )
 def test_ranges_with_open_and_closed_ends(allowed, inside, outside):
