@@ -603,7 +603,7 @@ def test_bad_input_is_one_line_and_status_2(finished, model, models, tmp_path, m
          "run with other settings (prompts "),
         ([*whole, "--lora", "4"], "lora None -> 4"),
         ([*whole, "--lr", "0.5"], "lr 0.002 -> 0.5"),
-        ([*whole, "--t-star", "1.5"], "argument --t-star: must be in [0, 1], got 1.5"),
+        ([*whole, "--t-star", "1.5"], "argument --t-star: must be in (0, 1], got 1.5"),
         (["--model", tmp_path / "nowhere", "--lr", "nan"], "argument --lr: must be in (0, 1e9], got nan"),
         (["--out", out, "--geneval", tmp_path / "bad.jsonl"], 'with a "prompt"'),
         (["--out", tmp_path / "new", "--sample", "7"], "has not finished"),
