@@ -777,7 +777,7 @@ def test_other_settings_in_the_folder(finished):
         (["--lr", "many"], "invalid float value"),
         (["--lr-decay", "1.5"], "argument --lr-decay: must be in [0, 1], got 1.5"),
         (["--ema", "1"], "argument --ema: must be in [0, 1), got 1.0"),
-        (["--t-star", "1.5"], "argument --t-star: must be in [0, 1], got 1.5"),
+        (["--t-star", "1.5"], "argument --t-star: must be in (0, 1], got 1.5"),
         (["--t-flow", "0", "-1"], "argument --t-flow: must be in [0, 20], got -1.0"),
         (["--micro-batch", "5"], "global batch 16"),
         (["--out", str(ROOT / "README.md")], "cannot write to the output folder"),
