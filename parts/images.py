@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
@@ -39,6 +38,8 @@ def read_image(path):
 
     Raises InputError, naming it, if it cannot be read, is no regular file (a pipe would be waited for) or
     holds several pictures."""
+    from PIL import Image, ImageOps
+
     try:
         if not Path(path).is_file():
             raise OSError("it is no regular file")
@@ -62,6 +63,8 @@ def eight_bits(image):
     """A PIL image of 16-bit values 0..65535 (modes I;16 and I) or floats 0..1 (mode F), in RGB.
 
     Raises ValueError for other values."""
+    from PIL import Image
+
     values, top = np.asarray(image), 1 if image.mode == "F" else 65535
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):  # nor if one is NaN
@@ -76,6 +79,8 @@ def save_grid(path, images, columns=10, titles=(), least=600):
 
     They are enlarged without blur, by a whole factor, until the rows are `least` pixels wide or more. titles:
     one for each row, written at its left."""
+    from PIL import Image, ImageDraw, ImageFont
+
     n, _, h, w = images.shape
     columns = min(columns, n)
     rows = math.ceil(n / columns)
@@ -211,6 +216,8 @@ def image_folder(root, resolution):
     """load_images for a folder: every sub-folder of root is a class, its images lie at any depth inside.
 
     What is hidden, such as .ipynb_checkpoints, is left out."""
+    from PIL import Image, ImageOps
+
     if not root.is_dir():
         raise InputError(f"unknown data set {str(root)!r}: neither cifar10, digits nor a folder")
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
