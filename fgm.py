@@ -1,16 +1,17 @@
 """Flow Generator Matching (FGM, arXiv 2410.19310): distil a flow-matching model into a one-step generator.
 
 A flow model carries noise to data along x_t = (1 - t) x0 + t noise by a velocity field u, in about 50 network
-evaluations. FGM trains a generator x0 = g(z) that needs one. It is ONE functional with two players: with
-c = noise - x0 on the generator's samples and R_w = || w(x_t, t) - c ||^2, the ReFlow loss (3.6) of a field w,
+evaluations. FGM trains a generator x0 = g(z) that needs one. It is ONE functional with two players. On the
+generator's samples let c = noise - x0, the paper's u_t(x_t | x0) of (3.5), and R_w = || w(x_t, t) - c ||^2,
+the ReFlow loss (3.6) of a field w:
 
     minimise over g, maximise over v,    E[ R_u - R_v ],        u: the teacher's field, v: an online flow's.
 
 The best v is the mean of c given x_t: the field v_t that the generator induces. There, by Pythagoras, the
 functional is E || u - v_t ||^2, the paper's objective (4.1), (4.2); any other v gives less. So its gradient
-in g at v = v_t is that of (4.1): Theorem 4.2, an envelope theorem. The paper's losses are the same:
+in g at v = v_t is that of (4.1), an envelope theorem: (4.3) by (4.6) and Theorem 4.2. The paper's losses:
 
-    L1 = || u - v ||^2  (4.11)     L2 = 2 <u - v, v - c>  (4.12)     FGM = L1 + L2 = R_u - R_v  (4.10)
+    L1 = || u - v ||^2  (4.11)     L2 = 2 <u - v, v - c>  (4.12)     FGM = L1 + L2  (4.10) = R_u - R_v
 
 A step needs nothing but the ReFlow loss; one backward pass of the flow serves both players:
 
@@ -28,18 +29,18 @@ The map, from the paper to this file:
     marginal velocity (3.2)     GaussianMixture     (4.7) and Theorem 4.2 (4.8)     tests/test_theorems.py
 
 What the identity does not cover. L2 + l1_weight L1 = R_u - R_v + (l1_weight - 1) || u - v ||^2, so another
-l1_weight (the paper's 0 on images) is not one functional. A weight of t alone on the generator's loss, or t
-drawn differently for the players, leaves the best v where it is, but gives each player a functional of its
-own; a weight that depends on u is a stopped gradient, of none. A GAN adds a second game. Alternating descent
-may circle a saddle point and not reach it. (The min-max is not in the paper; RealUID, arXiv 2509.22459, has
-it.) Unlike Algorithm 1 as printed, both players move at once, from the same samples, by Adam; t is
-logit-normal, as in the paper's experiments, and draws are stratified or quasi-random.
+l1_weight (the paper's 0 on images) is no common functional. A weight of t alone on the generator's loss, or
+another t for one player, leaves the best v where it is, but each player then has a functional of its own; a
+weight that depends on u, held constant, gives the gradient of none; a GAN adds a second game. Descent of one
+player against ascent of the other may circle a saddle point and not reach it. (The min-max is not in the
+paper; RealUID, arXiv 2509.22459, has it.) Unlike Algorithm 1 as printed, both players move at once, from the
+same samples; as in the paper's experiments, by Adam, with t logit-normal (here stratified or quasi-random).
 
-Conventions. t is float32 of shape [B] in [0, 1]; t = 0 is data, t = 1 is noise. A velocity is noise - x0, an
-Euler step from t to s is x + (s - t) v. A velocity network is any callable net(x, t, **cond) -> v with
-v.shape == x.shape, differentiable in x (no torch.no_grad inside), which treats samples independently and does
-not change x in place; one that is trained or copied must be an nn.Module. Losses are sums over the dimensions
-of a sample, one value per sample. This file needs torch and numpy alone and can be copied elsewhere.
+Conventions. t: [B], in [0, 1], float32 (float64 beside float64 data); t = 0 is data, t = 1 is noise. A
+velocity is noise - x0, an Euler step from t to s is x + (s - t) v. A velocity network is any callable
+net(x, t, **cond) -> v with v.shape == x.shape, differentiable in x (no torch.no_grad inside), which treats
+samples independently and does not change x in place; one that is trained must be an nn.Module. Losses are
+sums over the dimensions of a sample, one value per sample. This file needs torch and numpy alone.
 """
 
 import functools
@@ -95,7 +96,7 @@ def interpolate(x0, noise, t):
 def velocity(net, xt, t, **cond):
     """net(xt, t, **cond), float32 or better. xt: [B, ...], t: [B].
 
-    Raises InputError for another shape, and if there is no gradient at an input that needs one."""
+    Raises InputError for another shape, and if v has no gradient though xt needs one."""
     v = net(xt, t, **cond)
     if torch.is_grad_enabled() and xt.requires_grad and not v.requires_grad:
         raise InputError("a velocity network must be differentiable in x: no torch.no_grad or detach inside")
@@ -136,10 +137,10 @@ def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
 
 def weights_of(weight, t, u, target):
     """weight(t, u, target) without gradients. Raises InputError unless it is a number or one per sample."""
-    w = weight(t, u.detach(), target.detach())
-    if torch.is_tensor(w) and w.dim() and w.shape != t.shape:
+    w = torch.as_tensor(weight(t, u.detach(), target.detach()), dtype=u.dtype, device=u.device).detach()
+    if w.dim() and w.shape != t.shape:
         raise InputError(f"weight must return [{len(t)}], one value per sample, got {list(w.shape)}")
-    return torch.as_tensor(w, dtype=u.dtype, device=u.device).detach().expand(len(t))  # [] or [B] -> [B]
+    return w.expand(len(t))  # [] or [B] -> [B]
 
 
 def sid_weight(t, u, target):
@@ -154,9 +155,6 @@ def noise_weight(t, u, target):
     """exp(4 t) / 10: the mass of each mode is decided at high noise, where modes overlap; at low noise the
     online flow is poorest just where mass would have to pass, between the modes. t: [B]. Returns [B]."""
     return torch.exp(4 * t) / 10
-
-
-WEIGHTS = {"none": None, "sid": sid_weight, "noise": noise_weight}
 
 
 @contextmanager
@@ -174,7 +172,7 @@ def frozen(*nets):
 
 
 def logit_normal(n, mean, std, device=None, generator=None):
-    """t = sigmoid(mean + std * normal), float32 [n] in [0, 1]; a larger mean is noisier (appendix B).
+    """t = sigmoid(mean + std * normal), float32 [n] in [0, 1]; a larger mean is noisier (B.1, B.2).
 
     Stratified over n intervals of equal probability, in rising order: pair with samples in random order."""
     uniform = (torch.arange(n, device=device) + torch.rand(n, device=device, generator=generator)) / n
@@ -197,9 +195,9 @@ def constant_t(value, x):
 class OneStepGenerator(nn.Module):
     """x0 = c_skip z - c_out net(c_in z, t_star), eq. (B.1): a velocity network as one-step generator.
 
-    c_out None means t_star. Eq. (5.1) prints (1 - t*) z + t* v(t* z, t*): c_skip = 1 - t*, c_in = t* and the
-    opposite sign of v. With velocity = noise - data, as in (3.6), (B.1) and (C.1), that sign steps away from
-    the data; (B.1) is the one that starts near it. Raises InputError for coefficients outside RANGES."""
+    c_out None means t_star. Eq. (5.1) prints (1 - t*) z + t* v(t* z, t*): the opposite sign of v, which, with
+    velocity = noise - data as in (3.6), (B.1) and (C.1), steps away from the data. With c_in = c_skip and
+    c_out = t_star, (B.1) is the teacher's E[x0 | x_t] at t_star. Raises InputError outside RANGES."""
 
     def __init__(self, net, t_star, c_in=1.0, c_skip=1.0, c_out=None):
         super().__init__()
@@ -253,12 +251,11 @@ class Guided(nn.Module):
             raise InputError(f"guidance replaces tensors {sorted(self.null)}, the call has {sorted(tensors)}")
         if self.scale == 1:
             return self.net(x, t, **cond)
-        both = {}
-        for name, value in cond.items():
-            if torch.is_tensor(value):
-                other = torch.as_tensor(self.null.get(name, value), dtype=value.dtype, device=value.device)
-                value = torch.cat([value, other.expand_as(value)])  # [B, ...] -> [2B, ...]
-            both[name] = value
+        both = dict(cond)
+        for name in tensors:
+            value = cond[name]
+            other = torch.as_tensor(self.null.get(name, value), dtype=value.dtype, device=value.device)
+            both[name] = torch.cat([value, other.expand_as(value)])  # [B, ...] -> [2B, ...]
         v = velocity(self.net, torch.cat([x, x]), torch.cat([t, t]), **both)  # [2B, ...]
         v_cond, v_null = v.chunk(2)  # [2B, ...] -> 2 x [B, ...]
         return v_null + self.scale * (v_cond - v_null)
@@ -333,19 +330,20 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     """Algorithm 1: distil teacher into generator, with the online flow `flow`.
 
     generator (a OneStepGenerator) and flow start as copies of the teacher and are changed; all three are put
-    into evaluation mode. The teacher is the same in every process. shape: that of one sample.
+    into evaluation mode. The teacher must be the same in every process. shape: that of one sample.
     conditions(seeds) -> cond: the conditions that int64 seeds [B] choose. The generator minimises
     loss_scale * (L2 + l1_weight * L1): l1_weight 1 is R_u - R_v, the exact gradient of (4.1) at the best v, 0
     the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
-    weight(t, u, target) -> [B] scales L1 and L2 as a constant; if of t alone, the gradient stays exact.
+    weight(t, u, target) -> [B] scales L1 and L2 as a constant; if of t alone, the gradient at the best v is
+    exactly that of (4.1), so weighted.
     t ~ logit-normal(*t_generator) in the generator's loss, (*t_flow) in the flow's. flow_lr None: lr.
     flow_updates: per step, each on fresh samples but the last, which shares those of the generator. extra: an
     nn.Module with flow_loss(flow, x0, seeds, cond), called right after the flow's own pass, and
     generator_loss(flow, x0, seeds, cond), [B] each, added to the two losses (loss_scale scales the latter,
     too), which trains with the flow (the GAN of appendix B.2).
-    In forward passes (backward: 1 to an input, 2 to weights, too) a step costs 8, or 10 where the players
-    have different t, or with extra, besides its own; with another l1_weight 9, or 10. two_graphs, which then
-    never holds the graphs of teacher and flow together, makes that 10, or 12.
+    A step costs 8 units (a forward pass 1, backward to an input 1, to weights, too, 2), 9 with another
+    l1_weight, 10 where the players' t differ or with extra (besides its own). With another l1_weight
+    two_graphs makes it 10, or 12, and never holds the graphs of teacher and flow together.
     Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
     flow_lr = lr if flow_lr is None else flow_lr
     settings = check_settings(
@@ -483,18 +481,17 @@ def check_setting(name, value, allowed, whole=False):
     if isinstance(allowed, list):
         if value not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        return
-    if isinstance(allowed, tuple):
+    elif isinstance(allowed, tuple):
         if not isinstance(value, tuple | list) or len(value) != len(allowed) or None in value:
             raise InputError(f"{name} must be {len(allowed)} numbers, got {value!r}")
         for number, interval in zip(value, allowed, strict=True):
             check_setting(name, number, interval, whole)
-        return
-    low, high = (float(end) for end in allowed[1:-1].split(","))
-    at_an_end = allowed[0] == "[" and value == low or allowed[-1] == "]" and value == high
-    right = isinstance(value, numbers.Integral if whole else numbers.Real)
-    if not right or not (low < value < high or at_an_end):
-        raise InputError(f"{name} must be {'a whole number ' * whole}in {allowed}, got {value!r}")
+    else:
+        low, high = (float(end) for end in allowed[1:-1].split(","))
+        at_an_end = allowed[0] == "[" and value == low or allowed[-1] == "]" and value == high
+        right = isinstance(value, numbers.Integral if whole else numbers.Real)
+        if not right or not (low < value < high or at_an_end):
+            raise InputError(f"{name} must be {'a whole number ' * whole}in {allowed}, got {value!r}")
 
 
 def check_settings(**settings):
@@ -616,7 +613,7 @@ class Learner:
     All processes start from the first one's weights, and average their gradients."""
 
     def __init__(self, module, lr, betas, eps, clip=None, ema_decay=None):
-        self.module, self.lr, self.betas, self.clip, self.ema_decay = module, lr, betas, clip, ema_decay
+        self.module, self.lr, self.clip, self.ema_decay = module, lr, clip, ema_decay
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if {p.dtype for p in self.parameters.values()} not in ({torch.float32}, {torch.float64}):
             raise InputError(f"a network in training, a {type(module).__name__} here, needs trainable "
@@ -710,12 +707,14 @@ class GaussianMixture:
         shape = means.shape
         if means.dim() != 2 or weights.shape != shape[:1] or covs.shape != (*shape, shape[1]):
             raise InputError("weights, means, covs must have shapes [K], [K, D], [K, D, D]")
-        if not (weights >= 0).all() or not weights.sum() > 0:
-            raise InputError(f"weights must be non-negative with a positive sum, got {weights.tolist()}")
+        if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
+            raise InputError(f"weights must be non-negative, their sum positive, got {weights.tolist()}")
         self.weights, self.means = weights / weights.sum(), means
-        values, self.axes = torch.linalg.eigh(covs)  # [K, D], [K, D, D]: covs[k] = axes diag(values) axes^T
         slack = 1e-6 * covs.abs().amax().clamp(min=1e-12)
-        if not torch.allclose(covs, covs.mT, rtol=0, atol=slack.item()) or values.min() < -slack:
+        symmetric = (covs - covs.mT).abs().amax() <= slack < math.inf
+        if symmetric:
+            values, self.axes = torch.linalg.eigh(covs)  # [K, D], [K, D, D]: covs = axes diag(values) axes^T
+        if not symmetric or values.min() < -slack:
             raise InputError(f"covs must be symmetric positive semi-definite, got {covs.tolist()}")
         self.variances = values.clamp(min=0)
 
@@ -732,7 +731,7 @@ class GaussianMixture:
 
         In component k, x_t has mean (1 - t) m and variance s = (1 - t)^2 variance + t^2 along each axis. With
         d the offset along the axes, E[noise | x_t, k] = t d / s, E[x0 | x_t, k] = m + (1 - t) variance d / s.
-        Nothing is divided by t. Raises InputError for t outside (0, 1]."""
+        Raises InputError for t outside (0, 1]."""
         if t.shape != x.shape[:1] or not ((t > 0) & (t <= 1)).all():
             raise InputError(f"t must have shape [{len(x)}] and lie in (0, 1], got {t.tolist()[:3]}, ...")
         t = t.double().view(-1, 1, 1)  # [B] -> [B, 1, 1]

@@ -31,6 +31,7 @@ class Setting(NamedTuple):
 
 
 COUNT = RANGES["steps"]
+WEIGHTS = {"none": None, "sid": fgm.sid_weight, "noise": fgm.noise_weight}
 RUN_FLAGS = {
     "resume": Setting(bool, None, "go on with the run in OUT even if settings changed"),
     "overwrite": Setting(bool, None, "start again in OUT"),
@@ -59,7 +60,7 @@ DISTILLATION_FLAGS = {
     "c_out": Setting(float, RANGES["c_out"], "c_out of the generator, eq. (B.1) (default: t*)"),
     "l1_weight": Setting(float, RANGES["l1_weight"],
                          "1: exact gradient (4.10), cheapest; 0: the paper's, images; -0.4: SiD's alpha 1.2"),
-    "weight": Setting(str, list(fgm.WEIGHTS), "per sample, of the FGM loss; sid: arXiv 2404.04057, eq. 24"),
+    "weight": Setting(str, list(WEIGHTS), "per sample, of the FGM loss; sid: arXiv 2404.04057, eq. 24"),
     "t_generator": Setting(float, RANGES["t_generator"], "logit-normal of t, FGM loss", 2, ("MEAN", "STD")),
     "t_flow": Setting(float, RANGES["t_flow"], "logit-normal of t in the losses of flow and GAN",
                       2, ("MEAN", "STD")),
@@ -155,5 +156,5 @@ def distillation_settings(args, steps):
     """What the flags mean to fgm.distill."""
     return training_settings(args) | dict(
         steps=steps, lr=args.lr, flow_lr=args.flow_lr, ema_decay=args.ema, l1_weight=args.l1_weight,
-        t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), weight=fgm.WEIGHTS[args.weight],
+        t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), weight=WEIGHTS[args.weight],
         loss_scale=args.loss_scale, flow_updates=args.flow_updates, two_graphs=args.two_graphs)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fgm
 import toy2d
+from parts import flags
 
 SCALE = 1e9  # Adam's epsilon and lr: far above the gradients, so that a step moves each weight by -gradient
 
@@ -79,7 +80,7 @@ def separate_gradients(l1_weight, weight, t_generator, t_flow, use_extra, loss_s
 @pytest.mark.parametrize("l1_weight, two_graphs", [(1.0, False), (-0.4, False), (-0.4, True)])
 def test_one_pass_moves_the_weights_as_separate_passes(
         micro_batch, weight, t_flow, use_extra, l1_weight, two_graphs):
-    settings = dict(l1_weight=l1_weight, weight=fgm.WEIGHTS[weight], t_generator=(0.5, 2.0), t_flow=t_flow,
+    settings = dict(l1_weight=l1_weight, weight=flags.WEIGHTS[weight], t_generator=(0.5, 2.0), t_flow=t_flow,
                     loss_scale=3.0)
     teacher, net, flow, critic = networks()
     nets = [net, flow, critic] if use_extra else [net, flow]
