@@ -32,7 +32,7 @@ from parts.gan import GAN
 # ---- Settings ----------------------------------------------------------------------------------------------
 
 # The paper's settings (section 5.1, appendix B.1) and EDM's network, for CIFAR-10 and other images of that
-# size; ours are the warm-up, the teacher's beta1 of 0.9 and the start, for whose t* section 5.1 has no value:
+# size; ours are the warm-up, the teacher's t and beta1 of 0.9, and the start, whose t* is not in section 5.1:
 # t_star = c_in = c_skip = c_out = 2.5 / 3.5 is SiD's (arXiv 2404.04057), the best of four on digits.
 PAPER = dict(
     model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attention=[16], dropout=0.13, flip=True,
@@ -118,8 +118,8 @@ def arguments():
     parser = flags.Parser(
         prog="cifar.py",
         description="Train, distil, sample and score a one-step image generator (FGM, arXiv 2410.19310).",
-        epilog="The defaults shown are the paper's, but for --lr-warmup and the start, which it does not "
-               "state; the teacher's Adam has a beta1 of 0.9, not 0. See also --data digits --help.")
+        epilog="The defaults shown are the paper's, but for --lr-warmup, --teacher-t and the start, which it "
+               "does not state; the teacher's Adam has a beta1 of 0.9, not 0. See also --data digits --help.")
     groups = {
         "data": DATA_FLAGS,
         "run": OUT_FLAGS | flags.RUN_FLAGS | flags.PICTURE_FLAG,

@@ -86,9 +86,9 @@ class VelocityMLP(nn.Module):
 def energy_distance(x, y, directions=32):
     """Energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| of 2-D samples x [N, 2], y [M, 2].
 
-    0 only between equal distributions. Unbiased (it may come out slightly negative), exact in n log n by
-    sorting: |a| is pi/2 times the mean of |<a, direction>| over all directions. It needs no bandwidth, and
-    its noise floor falls as 1/n, where that of the Wasserstein-2 distance falls as 1/sqrt(n)."""
+    0 only between equal distributions (but for the 32 directions that stand for all). Unbiased (it may come
+    out slightly negative), by sorting in n log n: |a| is pi/2 times the mean of |<a, direction>| over all
+    directions. It needs no bandwidth, and its noise floor falls as 1/n, that of Wasserstein-2 as 1/sqrt(n)."""
     angle = math.pi * torch.arange(directions, dtype=torch.float64) / directions
     axes = torch.stack([angle.cos(), angle.sin()])  # [2, directions]
 
