@@ -88,7 +88,7 @@ def energy_distance(x, y, directions=32):
 
     0 only between equal distributions (but for the 32 directions that stand for all). Unbiased (it may come
     out slightly negative), by sorting in n log n: |a| is pi/2 times the mean of |<a, direction>| over all
-    directions. It needs no bandwidth, and its noise floor falls as 1/n, that of Wasserstein-2 as 1/sqrt(n)."""
+    directions. No bandwidth is needed; the noise floor falls as 1/n, that of Wasserstein-2 as 1/sqrt(n)."""
     angle = math.pi * torch.arange(directions, dtype=torch.float64) / directions
     axes = torch.stack([angle.cos(), angle.sin()])  # [2, directions]
 
