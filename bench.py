@@ -104,7 +104,7 @@ def keep_memory():
 
 
 def now():
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -184,10 +184,12 @@ def step_rows(device, args):
     for name, precision, compile in itertools.product(subjects, precisions, compiled):
         torch.manual_seed(0)
         subject = subjects[name](device)
-        what = f"{name}, {precision}" + ", compiled" * compile
+        batch = "" if "batch" in name else f", batch {subject.batch}"  # what fits
+        what = f"{name}{batch}, {precision}" + ", compiled" * compile
         passes = loops.bare_passes(*subject, precision)
         with FlopCounterMode(display=False) as counter:  # it cannot count torch.autograd.grad
             passes()
+        torch._functorch.config.donated_buffer = False  # of a compiled graph that is differentiated twice
         for net in subject[:3] if compile else ():
             net.compile()
         number = max(3, round(TURN / statistics.median(pass_times(passes, 3))))

@@ -365,7 +365,9 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
             net.eval()  # no dropout in Algorithm 1
             if compile:
                 net.compile()
-                torch._functorch.config.donated_buffer = False  # a graph may be differentiated twice
+    if compile:
+        torch._functorch.config.donated_buffer = False  # a graph may be differentiated twice
+        torch._dynamo.config.recompile_limit = 64  # a network has a graph for each of its uses
 
     for step in run.steps("distill", steps, learners, settings):
         lr_factor, found = schedule(step, steps, lr_warmup, lr_decay), defaultdict(list)
@@ -555,8 +557,8 @@ TEACHER, DISTILLATION, SCORES = 0, 2, 9  # what a draw is for, the second entry 
 
 
 @functools.cache
-def sobol_points(n, dims):
-    return torch.quasirandom.SobolEngine(dims, scramble=True, seed=0).draw(n)
+def sobol_points(n, dims, device):
+    return torch.quasirandom.SobolEngine(dims, scramble=True, seed=0).draw(n).to(device)
 
 
 class Draws:
@@ -589,7 +591,7 @@ class Draws:
         if d > 4:
             return self.normal(shape), self.normal(shape), self.sample_t(mean, std), self.seeds()
         shift = torch.rand(2 * d + 1, device=self.device, generator=self.generator)
-        points = (sobol_points(self.batch, 2 * d + 1).to(self.device) + shift) % 1  # [batch, 2D + 1]
+        points = (sobol_points(self.batch, 2 * d + 1, self.device) + shift) % 1  # [batch, 2D + 1]
         z, noise, t = normal_quantile(points[self.rows]).split([d, d, 1], dim=1)  # each [B, D] or [B, 1]
         t = torch.sigmoid(mean + std * t[:, 0])
         return z.reshape(-1, *shape), noise.reshape(-1, *shape), t, self.seeds()  # [B, D] -> [B, *shape]

@@ -46,6 +46,7 @@ def free_bytes(device):
     """The free memory of a GPU, the least of all processes; of a CPU, which may swap, infinity."""
     if device.type == "cpu":
         return math.inf
+    torch.cuda.empty_cache()  # what torch keeps of freed memory is free
     free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
     if fgm.world_size() > 1:
         dist.all_reduce(free, dist.ReduceOp.MIN)

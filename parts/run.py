@@ -69,22 +69,23 @@ def command(main):
     except KeyboardInterrupt:
         status, message = 130, STOPPED
     except SystemExit as error:
-        status = error.code
+        status = error.code or 0
         message = STOPPED if status == 143 else None
     finally:
         FolderRun.unlock()
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    if status:
-        sys.exit(status)
     if dist.is_initialized():
-        # Processes leave together, and at once: a thread of gloo's that lets go of its last tensor only when
-        # Python is already ending aborts the process.
-        dist.barrier()
-        dist.destroy_process_group()
+        # At once: a thread of gloo's that lets go of its last tensor only when Python is already ending
+        # aborts the process. Without a fault all leave together.
+        if not status:
+            dist.barrier()
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 # ---- Processes and random numbers --------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def about_this_run():
     versions |= {name: sys.modules[name].__version__ for name in ("diffusers", "transformers")
                  if name in sys.modules}
     device = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         device = torch.cuda.get_device_name()
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"command": command, "commit": commit, "versions": versions, "hardware": device,
@@ -198,11 +199,13 @@ def fingerprint_of(net):
 
 def save_weights(net, path, metadata=None):
     """Write a network's parameters and buffers as safetensors. A collective call."""
-    whole = {name: gathered(value.detach()) for name, value in net.state_dict().items()}
-    state = {name: value.to("cpu", copy=True).contiguous() for name, value in whole.items()}  # tied ones, too
-    broken = [name for name, value in state.items() if not value.isfinite().all()]
-    if broken:
-        raise Diverged(f"{path} was not written: its weights are not finite, first in {broken[0]}")
+    state = {}
+    for name, value in net.state_dict().items():
+        whole = gathered(value.detach())
+        if not whole.isfinite().all():
+            raise Diverged(f"{path} was not written: its weights are not finite, first in {name}")
+        if process_rank() == 0:
+            state[name] = whole.to("cpu", copy=True).contiguous()  # of tied ones, too, a copy each
     if process_rank() == 0:
         save_tensors(state, path, metadata)
 

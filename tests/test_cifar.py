@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensorMode
 
 import cifar
 import fgm
-from parts import progress, run
+from parts import progress, run, sizes
 from parts.edm import (
     Conv,
     EDMUNet,
@@ -477,6 +477,7 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         (["--sample", "1000000000", "--out", out], "1000000000 images would need"),
     ]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sizes, "memory_of", lambda device: 64e9)
     assert_refused(cifar, cases, out, monkeypatch, capfd)
 
 

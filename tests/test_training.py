@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import fgm
 import toy2d
-from parts import checkpoint, progress, run
+from parts import checkpoint, progress, run, sizes
 from parts.flags import Setting
 
 SMALL = ["--device", "cpu", "--batch", "16", "--teacher-steps", "30", "--steps", "40", "--save-every", "10"]
@@ -790,6 +790,7 @@ def test_other_settings_in_the_folder(finished):
 def test_bad_command_lines(arguments, message, tmp_path, monkeypatch, capfd):
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "x")]
     monkeypatch.setattr(sys, "argv", ["toy2d.py", *SMALL, *out, *arguments])
+    monkeypatch.setattr(sizes, "memory_of", lambda device: 64e9)
     with pytest.raises(SystemExit) as stopped:
         run.command(toy2d.main)
     error = capfd.readouterr().err
