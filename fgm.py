@@ -365,9 +365,8 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
             net.eval()  # no dropout in Algorithm 1
             if compile:
                 net.compile()
-    if compile:
-        torch._functorch.config.donated_buffer = False  # a graph may be differentiated twice
-        torch._dynamo.config.recompile_limit = 64  # a network has a graph for each of its uses
+                torch._functorch.config.donated_buffer = False  # a graph may be differentiated twice
+                torch._dynamo.config.recompile_limit = 64  # a network has a graph for each of its uses
 
     for step in run.steps("distill", steps, learners, settings):
         lr_factor, found = schedule(step, steps, lr_warmup, lr_decay), defaultdict(list)
