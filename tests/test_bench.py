@@ -35,7 +35,7 @@ def test_every_row(tmp_path, monkeypatch):
     done = drive_here(bench, "--repeats", 1, "--full", "--json", tmp_path / "bench.json", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    subjects = [*bench.SUBJECTS, "EDM U-Net, CIFAR-10 size"]
+    subjects = ["toy, batch 8", "LoRA, batch 2", "EDM U-Net, CIFAR-10 size, batch 4"]
     expected = {row.format(name) for row in ROWS for name in subjects}
     expected |= {"peak memory, step / former step: EDM U-Net, CIFAR-10 size, batch 4",
                  "logging + checkpoints + pictures / run time: digits"}
