@@ -497,6 +497,20 @@ def test_two_processes_equal_one(finished, tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    "device, can, precision, resolution",
+    [("cpu", {"amx_bf16": True}, "bf16", 16), ("cpu", {"amx_bf16": False}, "auto", 16),
+     ("cpu", {}, "auto", 16), ("cuda", {"amx_bf16": True}, "auto", 32)],
+)
+def test_quick_runs_in_bfloat16_on_a_cpu_that_is_fast_in_it(device, can, precision, resolution, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    monkeypatch.setattr(sys, "argv", ["cifar.py", "--quick", "--device", device])
+    args = cifar.arguments()
+    assert (args.precision, args.resolution) == (precision, resolution)
+    monkeypatch.setattr(sys, "argv", ["cifar.py", "--quick", "--device", device, "--precision", "fp32"])
+    assert cifar.arguments().precision == "fp32"
+
+
 def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
     """The whole command on a folder of colour images of unequal classes: --quick's settings, shortened."""
     data, out = tmp_path / "data", tmp_path / "out"
