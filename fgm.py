@@ -29,7 +29,7 @@ The map, from the paper to this file:
     marginal velocity (3.2)     GaussianMixture     (4.7) and Theorem 4.2 (4.8)     tests/test_theorems.py
 
 What the identity does not cover. L2 + l1_weight L1 = R_u - R_v + (l1_weight - 1) || u - v ||^2, so another
-l1_weight (the paper's 0 on images) is no common functional. A weight of t alone on the generator's loss, or
+l1_weight (the paper's 0 on images) has no common functional. A weight of t alone on the generator's loss, or
 another t for one player, leaves the best v where it is, but each player then has a functional of its own; a
 weight that depends on u, held constant, gives the gradient of none; a GAN adds a second game. Descent of one
 player against ascent of the other may circle a saddle point and not reach it. (The min-max is not in the
@@ -366,7 +366,7 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
             if compile:
                 net.compile()
                 torch._functorch.config.donated_buffer = False  # a graph may be differentiated twice
-                torch._dynamo.config.recompile_limit = 64  # a network has a graph for each of its uses
+                torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     for step in run.steps("distill", steps, learners, settings):
         lr_factor, found = schedule(step, steps, lr_warmup, lr_decay), defaultdict(list)
@@ -709,7 +709,7 @@ class GaussianMixture:
         if means.dim() != 2 or weights.shape != shape[:1] or covs.shape != (*shape, shape[1]):
             raise InputError("weights, means, covs must have shapes [K], [K, D], [K, D, D]")
         if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
-            raise InputError(f"weights must be non-negative, their sum positive, got {weights.tolist()}")
+            raise InputError(f"weights must be non-negative, with a finite sum > 0, got {weights.tolist()}")
         self.weights, self.means = weights / weights.sum(), means
         slack = 1e-6 * covs.abs().amax().clamp(min=1e-12)
         symmetric = (covs - covs.mT).abs().amax() <= slack < math.inf

@@ -110,7 +110,7 @@ def defaults(given):
     if is_miniature(given.model) and not given.paper:
         return TINY
     known = (scale for name, scale in GUIDANCE.items() if name in Path(given.model).name)
-    often = dict(save_every=25, log_every=1, picture_every=25) if given.lora else {}  # a step takes minutes
+    often = dict(save_every=25, log_every=5, picture_every=25) if given.lora else {}  # a step takes minutes
     return PAPER | often | {"guidance": next(known, PAPER["guidance"])}
 
 

@@ -257,7 +257,7 @@ def seconds_to_draw(draw, repeats):
     for _ in range(repeats):
         began = time.perf_counter()
         draw()
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         spent.append(time.perf_counter() - began)
     return sorted(spent)[repeats // 2]

@@ -50,9 +50,10 @@ def linear(features_in, features_out, bias=True):
 
 
 class GroupNorm(nn.GroupNorm):
-    """In its input's dtype, with statistics in float32; CUDA's autocast would make the output float32.
+    """To its input's dtype, with statistics in float32; CUDA's autocast would make the output float32.
 
-    On a CPU all of it in float32: its kernel for bfloat16 takes three times as long."""
+    On a CPU it computes in float32: the bfloat16 kernel takes two to three times as long on the channels-last
+    tensors that convolutions give."""
 
     def __init__(self, channels):
         groups = min(32, channels // 4)

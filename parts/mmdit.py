@@ -40,7 +40,7 @@ class SD3Velocity(nn.Module):
         """torch.compile each block by itself, and each layer around them: checkpointing, the adapters' switch
         and hooks (FSDP's, keep) stay outside of the graphs."""
         # A block meets 14 combinations of adapter, gradients and batch; by default dynamo gives up after 8.
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for part in (*self.net.children(), *self.net.transformer_blocks):
             if "forward" not in vars(part):  # two adapters share it
                 part.forward = torch.compile(part.forward, **settings)

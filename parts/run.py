@@ -70,7 +70,10 @@ def command(main):
         status, message = 130, STOPPED
     except SystemExit as error:
         status = error.code or 0
-        message = STOPPED if status == 143 else None
+        if status == 143:
+            message = STOPPED
+        elif not isinstance(status, int):  # sys.exit("a text")
+            status, message = 1, status
     finally:
         FolderRun.unlock()
     if message:

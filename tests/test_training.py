@@ -415,8 +415,9 @@ def test_the_wait_ends_where_the_first_process_fails(kind, status, place, tmp_pa
     """Whatever it raises, and where the others wait: in the same call, or at the end of the command."""
     statuses = joined(forked(as_command, fail_alone, kind, place, processes=2, out=tmp_path))
     assert statuses == [status, 2]
-    said = (tmp_path / "1.txt").read_text().splitlines()[-1]
-    assert ("no such luck" if status == 2 else "the first process has gone") in said
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert "no such luck" in first
+    assert ("no such luck" if status == 2 else "the first process has gone") in second.splitlines()[-1]
 
 
 def vanish():
