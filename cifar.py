@@ -1,7 +1,7 @@
 """Images in one step: EDM's U-Net as a flow teacher, distilled by FGM (arXiv 2410.19310, section 5.1).
 
     python cifar.py --cond --data digits             # real 8x8 digits: minutes on a laptop, without GPU
-    python cifar.py --cond --quick                   # CIFAR-10 at 16x16 in 45 minutes, on a GPU 32x32 in ten
+    python cifar.py --cond --quick                   # CIFAR-10 at 16x16 in about 45 minutes, without GPU
     python cifar.py --cond                           # CIFAR-10, the paper's settings; for GPUs
     python cifar.py --cond --teacher edm-cifar10-32x32-cond-vp.pkl       # start from a published EDM network
     torchrun --nproc-per-node 8 cifar.py --cond      # the same run, sharded over 8 GPUs
@@ -49,7 +49,7 @@ DIGITS = PAPER | dict(
     l1_weight=-0.4, weight="sid", samples=10_000,
 )
 DIGITS_UNCONDITIONAL = DIGITS | dict(kimg=256)
-# For photographs: 45 minutes on 2 CPU cores; on a GPU ten, in large steps, which do not wait for launches.
+# For photographs: about 45 minutes on 2 CPU cores, on a GPU ten, in large steps, not to wait for launches.
 QUICK = PAPER | dict(
     resolution=16, model_channels=32, channel_mult=[1, 2, 2], num_blocks=1, attention=[8], dropout=0.0,
     teacher_kimg=280, teacher_lr=2e-3, teacher_ema=0.998, kimg=200, batch=128, lr=2e-4, flow_lr=4e-4,
