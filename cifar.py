@@ -230,7 +230,8 @@ def check_scores(args, real, device, judge):
 def scorer_of(args, real, device, judge):
     """What scores this run's samples, on the first process; None on the others. A collective call."""
     made = []
-    run.first_process(lambda: made.append(scores.Scores(real, args.cond, args.flip, device, judge)))
+    run.first_process(lambda: made.append(scores.Scores(
+        real, args.cond, args.flip, device, judge, args.samples)))
     return made[0] if made else None
 
 

@@ -55,6 +55,17 @@ def frechet_distance(a, b):
     return Gaussian(a).distance(Gaussian(b))
 
 
+def fresh_distance(features, samples, splits=10):
+    """What so many fresh samples of the same distribution would score, on average, against features [N, D].
+
+    Features of finite number are off, too: the distance of n samples to m others goes as 1 / n + 1 / m, and
+    random halves of the features say how steeply. A sampler with less has learned these N themselves."""
+    n, random = len(features), torch.Generator().manual_seed(0)
+    halves = [features[torch.randperm(n, generator=random)].tensor_split(2) for _ in range(splits)]
+    mean = sum(frechet_distance(*pair) for pair in halves) / splits
+    return mean * (1 / n + 1 / samples) / (4 / n)
+
+
 def noise_of_draw(real, features, groups=10):
     """Standard deviation that drawing these samples, and not others, gives to real's distance to them.
 
@@ -279,19 +290,20 @@ SMALL = 8  # pixels: up to this size images are scored by their values
 class Scores:
     """What the rows of a run's table are measured with, on the first process, against the real images.
 
+    of_data: what data score, as many fresh images, estimated, or those held out when the judge was trained.
+
     Images of up to SMALL pixels a side: their values, and a support vector machine for labels. Larger ones:
     features of a NetworkJudge, from the file judge, or trained and kept there; and pixels averaged to 16x16.
     """
 
-    def __init__(self, real, cond, flip, device, judge):
-        self.judge, n = None, len(real.pixels)
+    def __init__(self, real, cond, flip, device, judge, samples):
+        self.judge, held_out = None, ()
         if real.pixels.shape[-1] <= SMALL:
             if cond:
                 with bar("training the judge"):
                     self.judge = train_judge(real)
-            self.features, self.split = {"pixel_frechet": raw_pixels}, "two halves"
+            self.features, self.split = {"pixel_frechet": raw_pixels}, "fresh (est.)"
             self.detector = "raw pixels; a support vector machine for labels"
-            some, others = random_order(n).tensor_split(2)
         else:
             if judge.exists():
                 self.judge = NetworkJudge.load(judge, real, cond, device)
@@ -299,7 +311,7 @@ class Scores:
                 self.judge = NetworkJudge.train(real, cond, flip, device)
                 self.judge.save(judge)
             self.features = {"judge_frechet": self.judge.features, "pixel_frechet": coarse_pixels}
-            self.split, (some, others) = "held out", hold_out(real.labels)
+            self.split, held_out = "held out", hold_out(real.labels)
             self.detector = "judge.safetensors, which tells " + ("classes" if cond else "quarter turns")
         self.cond, self.main = cond, next(iter(self.features))
         self.real, self.of_data = {}, {"accuracy": self.judge.own_accuracy} if cond else {}
@@ -307,8 +319,10 @@ class Scores:
             found = features(real.pixels)
             with bar("scoring the data itself"):
                 self.real[name] = Gaussian(found)
-                if min(len(some), len(others)) > 1:
-                    self.of_data[name] = Gaussian(found[others]).distance(Gaussian(found[some]))
+                if not held_out:
+                    self.of_data[name] = fresh_distance(found, samples)
+                elif min(map(len, held_out)) > 1:
+                    self.of_data[name] = frechet_distance(*(found[rows] for rows in held_out))
 
     def of(self, pixels, labels):
         """{score: value} of samples and their labels; "noise" is the main distance's, of this draw."""

@@ -115,7 +115,7 @@ def test_a_perfect_sampler_of_unequal_classes_scores_as_the_data_themselves(tmp_
     noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     pixels = images.to_uint8(draw_from_classes(noise, torch.eye(2)[labels]))
     real = images.Images(pixels, labels, ["often", "seldom"])
-    scorer = scores.Scores(real, True, False, torch.device("cpu"), tmp_path / "judge.safetensors")
+    scorer = scores.Scores(real, True, False, torch.device("cpu"), tmp_path / "judge.safetensors", 2000)
 
     def scored(counts):
         return scorer.of(*images.draw_images(draw_from_classes, 2000, (1, 8, 8), counts, "cpu"))
@@ -123,6 +123,16 @@ def test_a_perfect_sampler_of_unequal_classes_scores_as_the_data_themselves(tmp_
     right, floor = scored(real.class_counts()), scorer.of_data["pixel_frechet"]
     assert right["pixel_frechet"] < 1.5 * floor and right["accuracy"] == right["worst_class"] == 1
     assert scored([1, 1])["pixel_frechet"] > 100 * floor  # all classes alike
+
+
+def test_what_fresh_data_would_score():
+    """Against the mean over pairs of fresh draws, 400 against 1,000."""
+    random = torch.Generator().manual_seed(0)
+    scale = torch.tensor([3.0, 1.0, 0.3, 0.1])
+    pairs = [[scale * torch.randn(n, 4, generator=random) for n in (400, 1000)] for _ in range(300)]
+    expected = np.mean([scores.frechet_distance(*pair) for pair in pairs])
+    found = np.mean([scores.fresh_distance(real, 1000) for real, _ in pairs])
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_noise_of_a_draw_is_the_spread_of_draws():
