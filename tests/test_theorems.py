@@ -178,6 +178,29 @@ def test_the_functional_is_below_4_1_and_equal_at_its_maximum(t):
         torch.testing.assert_close(functional(other), distance - lag, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("moved", [0.0, 0.5, 1.0, -0.5])
+def test_where_l1_lies_beside_the_functional(moved):
+    """The mean of L1 - (R_u - R_v) is 2 E<v - v_t, v - u>: 0 at v_t and at u, below 0 between them."""
+    torch.manual_seed(3)
+    x0, u = make_generator(0)(torch.randn(K, D, dtype=torch.float64)).detach(), make_target(10).velocity
+    noise, weights = nodes()
+    x0_, noise_ = every_pair(x0, noise)
+    weights, times = weights.repeat(K) / K, torch.full((len(noise_),), 0.5, dtype=torch.float64)
+
+    def flow(x, t):
+        return (1 - moved) * induced(x0)(x, t) + moved * u(x, t)
+
+    l1, _ = fgm.fgm_losses(u, flow, x0_, noise_, times)
+    gap = (weights * (l1 - four_lines(u, flow, x0_, noise_, times))).sum()
+    xt = fgm.interpolate(x0_, noise_, times)
+    v, best, teacher = flow(xt, times), induced(x0)(xt, times), u(xt, times)
+    expected = 2 * (weights * fgm.dot(v - best, v - teacher)).sum()
+    torch.testing.assert_close(gap, expected, rtol=1e-9, atol=1e-9)
+    distance = (weights * fgm.dot(teacher - best, teacher - best)).sum()
+    torch.testing.assert_close(gap, 2 * moved * (moved - 1) * distance, rtol=1e-9, atol=1e-9)
+    assert distance > 0.1
+
+
 @pytest.mark.parametrize("t", [0.3, 0.6, 0.9])
 def test_flow_product_identity(t):
     """E f(x_t) . v(x_t) = E f(x_t) . (noise - x0) (4.7), for f = a mixture's velocity, nonlinear in x_t."""
