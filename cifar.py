@@ -378,15 +378,15 @@ def print_results(args, real, scorer, rows, seconds, out):
     columns |= {name: name.replace("_", " ") for name in FORMATS}
     columns = {name: heading for name, heading in columns.items() if name in rows["one step"]}
     widths = {name: max(12, len(heading) + 4) for name, heading in columns.items()}
-    print(f"  {'':18}" + "".join(f"{heading:>{widths[name]}}" for name, heading in columns.items()))
+    print(f"  {'':21}" + "".join(f"{heading:>{widths[name]}}" for name, heading in columns.items()))
 
     lines = {title(name): row for name, row in rows.items()}
-    for what, row in {f"data, {scorer.split}": scorer.of_data, **lines}.items():
+    for what, row in {scorer.split: scorer.of_data, **lines}.items():
         cells = {name: f"{row[name]:{FORMATS.get(name, '.4f')}}" for name in columns
                  if row.get(name) is not None}
         if row.get("noise") is not None:
             cells[scorer.main] += f" +- {row['noise']:.4f}"
-        print(f"  {what:18}" + "".join(f"{cells.get(name, ''):>{widths[name]}}" for name in columns))
+        print(f"  {what:21}" + "".join(f"{cells.get(name, ''):>{widths[name]}}" for name in columns))
 
     print("  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
           + f"; pictures and metrics.json in {out}")

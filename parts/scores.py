@@ -55,15 +55,20 @@ def frechet_distance(a, b):
     return Gaussian(a).distance(Gaussian(b))
 
 
-def fresh_distance(features, samples, splits=10):
-    """What so many fresh samples of the same distribution would score, on average, against features [N, D].
+def fresh_distance(features, samples, labels=None, splits=10):
+    """What so many fresh samples of the same distribution would score, on average, against features [N, D];
+    given labels [N], samples that have each label as often.
 
-    Features of finite number are off, too: the distance of n samples to m others goes as 1 / n + 1 / m, and
-    random halves of the features say how steeply. A sampler with less has learned these N themselves."""
-    n, random = len(features), torch.Generator().manual_seed(0)
-    halves = [features[torch.randperm(n, generator=random)].tensor_split(2) for _ in range(splits)]
-    mean = sum(frechet_distance(*pair) for pair in halves) / splits
-    return mean * (1 / n + 1 / samples) / (4 / n)
+    The features vary, too: to leading order, for N well above D, the distance of n samples to m others goes
+    as 1 / n + 1 / m, and random halves of the features say how steeply. Less is possible: these N may be
+    easy, or the sampler has learned their own mean and covariance."""
+    n, random, total = len(features), torch.Generator().manual_seed(0), 0.0
+    for _ in range(splits):
+        order = torch.randperm(n, generator=random)
+        if labels is not None:
+            order = order[labels[order].argsort(stable=True)]
+        total += frechet_distance(features[order[::2]], features[order[1::2]])
+    return total / splits * (1 / n + 1 / samples) / (4 / n)
 
 
 def noise_of_draw(real, features, groups=10):
@@ -302,7 +307,7 @@ class Scores:
             if cond:
                 with bar("training the judge"):
                     self.judge = train_judge(real)
-            self.features, self.split = {"pixel_frechet": raw_pixels}, "fresh (est.)"
+            self.features, self.split = {"pixel_frechet": raw_pixels}, "fresh data, estimated"
             self.detector = "raw pixels; a support vector machine for labels"
         else:
             if judge.exists():
@@ -311,7 +316,7 @@ class Scores:
                 self.judge = NetworkJudge.train(real, cond, flip, device)
                 self.judge.save(judge)
             self.features = {"judge_frechet": self.judge.features, "pixel_frechet": coarse_pixels}
-            self.split, held_out = "held out", hold_out(real.labels)
+            self.split, held_out = "data held out", hold_out(real.labels)
             self.detector = "judge.safetensors, which tells " + ("classes" if cond else "quarter turns")
         self.cond, self.main = cond, next(iter(self.features))
         self.real, self.of_data = {}, {"accuracy": self.judge.own_accuracy} if cond else {}
@@ -319,9 +324,9 @@ class Scores:
             found = features(real.pixels)
             with bar("scoring the data itself"):
                 self.real[name] = Gaussian(found)
-                if not held_out:
-                    self.of_data[name] = fresh_distance(found, samples)
-                elif min(map(len, held_out)) > 1:
+                if not held_out and len(found) > 2 * found.shape[1]:
+                    self.of_data[name] = fresh_distance(found, samples, real.labels if cond else None)
+                elif held_out and min(map(len, held_out)) > 1:
                     self.of_data[name] = frechet_distance(*(found[rows] for rows in held_out))
 
     def of(self, pixels, labels):
