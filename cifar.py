@@ -85,7 +85,7 @@ TEACHER_FLAGS = {
 METHOD_FLAGS = {
     "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
     "gan": Setting(float, fgm.POSITIVE, "a GAN on the training images, too: its weight in the generator's "
-                                        "loss, both per element, a fifth of that in the flow's (SD3: 0.01)",
+                                        "loss, both per element, a fifth of that in the flow's (digits: 0.1)",
                    metavar="WEIGHT"),
 }
 SCORE_FLAGS = {

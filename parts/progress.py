@@ -61,7 +61,7 @@ def figure_of(log):
     (flow, distance, score), (flow_by_t, distance_by_t, norms) = figure.subplots(2, 3)
     panels = [
         (flow, "$R_v$, the loss of the online flow", ["flow_loss", "extra_flow_loss", "extra"]),
-        (distance, "L1 and $R_u - R_v$: equal at the best flow, and at the teacher", ["l1", "distance"]),
+        (distance, "L1 and $R_u - R_v$ (equal: v is best, or still u)", ["l1", "distance"]),
         (score, "score of the one-step generator (lower is better)", ["score"]),
         (norms, "gradient norms", [name for name in curves if "gradient" in name]),
     ]
