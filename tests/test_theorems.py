@@ -36,9 +36,11 @@ def nodes(n=100):
     return torch.cartesian_prod(x, x), torch.cartesian_prod(w, w).prod(1)
 
 
-def every_pair(codes, noise):
-    """All pairs of K samples and N noises: [K*N, D] each."""
-    return codes.repeat_interleave(len(noise), 0), noise.repeat(len(codes), 1)
+def with_every_noise(codes, t):
+    """All pairs of K codes and N noises, and t: (codes, noise, weights, times), [K*N, ...] each."""
+    noise, weights = nodes()
+    times = torch.full((K * len(noise),), t, dtype=torch.float64)
+    return codes.repeat_interleave(len(noise), 0), noise.repeat(K, 1), weights.repeat(K) / K, times
 
 
 def induced(x0):
@@ -50,9 +52,7 @@ def relative_error(generator, target, t, losses):
     """|| true gradient of (4.1) - gradient of losses || / || true ||."""
     torch.manual_seed(7)
     codes = torch.randn(K, D, dtype=torch.float64)
-    noise, weights = nodes()
-    codes_, noise_ = every_pair(codes, noise)
-    weights, times = weights.repeat(K) / K, torch.full((len(noise_),), t, dtype=torch.float64)
+    codes_, noise_, weights, times = with_every_noise(codes, t)
     parameters = list(generator.parameters())
 
     xt = fgm.interpolate(generator(codes_), noise_, times)
@@ -157,9 +157,7 @@ def test_the_functional_is_below_4_1_and_equal_at_its_maximum(t):
     """E[R_u - R_v] is (4.1) at v = v_t, and less by E || v - v_t ||^2 for any other v (Pythagoras)."""
     torch.manual_seed(3)
     x0, target = make_generator(0)(torch.randn(K, D, dtype=torch.float64)).detach(), make_target(10)
-    noise, weights = nodes()
-    x0_, noise_ = every_pair(x0, noise)
-    weights, times = weights.repeat(K) / K, torch.full((len(noise_),), t, dtype=torch.float64)
+    x0_, noise_, weights, times = with_every_noise(x0, t)
     xt, best = fgm.interpolate(x0_, noise_, times), induced(x0)
 
     def mean_square(first, second):
@@ -183,9 +181,7 @@ def test_where_l1_lies_beside_the_functional(moved):
     """The mean of L1 - (R_u - R_v) is 2 E<v - v_t, v - u>: 0 at v_t and at u, below 0 between them."""
     torch.manual_seed(3)
     x0, u = make_generator(0)(torch.randn(K, D, dtype=torch.float64)).detach(), make_target(10).velocity
-    noise, weights = nodes()
-    x0_, noise_ = every_pair(x0, noise)
-    weights, times = weights.repeat(K) / K, torch.full((len(noise_),), 0.5, dtype=torch.float64)
+    x0_, noise_, weights, times = with_every_noise(x0, 0.5)
 
     def flow(x, t):
         return (1 - moved) * induced(x0)(x, t) + moved * u(x, t)
@@ -206,9 +202,7 @@ def test_flow_product_identity(t):
     """E f(x_t) . v(x_t) = E f(x_t) . (noise - x0) (4.7), for f = a mixture's velocity, nonlinear in x_t."""
     torch.manual_seed(3)
     x0, f = make_generator(0)(torch.randn(K, D, dtype=torch.float64)).detach(), make_target(10).velocity
-    noise, weights = nodes()
-    x0_, noise_ = every_pair(x0, noise)
-    weights, times = weights.repeat(K) / K, torch.full((len(noise_),), t, dtype=torch.float64)
+    x0_, noise_, weights, times = with_every_noise(x0, t)
     xt = fgm.interpolate(x0_, noise_, times)
     left = (weights * fgm.dot(f(xt, times), induced(x0)(xt, times))).sum()
     right = (weights * fgm.dot(f(xt, times), noise_ - x0_)).sum()
