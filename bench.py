@@ -26,11 +26,15 @@ import cifar
 import fgm
 import tiny_sd3
 import toy2d
-from parts import edm, images, loops, mmdit, scores
-from parts.flags import COUNT, Parser, Setting, add_flags
-from parts.memory import free_bytes, kept_per_image, largest_micro_batch
-from parts.pipeline import quiet
-from parts.run import FolderRun, command, open_folder, setup, write_json
+from images import data as images
+from images import scores
+from images import unet as edm
+from images.memory import free_bytes, kept_per_image, largest_micro_batch
+from text2image import transformer as mmdit
+from text2image.pipeline import quiet
+from training import loops
+from training.flags import COUNT, Parser, Setting, add_flags
+from training.run import FolderRun, command, open_folder, setup, write_json
 
 # ---- The subjects: what fgm.distill takes, new in every call -----------------------------------------------
 
@@ -129,7 +133,7 @@ def step_times(subject, steps, **settings):
 
 
 def loop_times(step, subject, steps, precision="fp32"):
-    """Seconds of steps of a loop of parts/loops.py but the first and last."""
+    """Seconds of steps of a loop of training/loops.py but the first and last."""
     marks = []
     loops.train(step, *subject, steps + 2, precision, lambda: marks.append(now()))
     return intervals(marks)

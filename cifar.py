@@ -8,7 +8,7 @@
     python cifar.py --sample 64 --out runs/digits-cond                   # draw from a finished run
 
 One run does what is missing and keeps what is there: teacher, distillation, samples, scores, pictures; run
-again, it resumes. Network: parts/edm.py; data: parts/images.py; scores: parts/scores.py; method: fgm.py.
+again, it resumes. Network: images/unet.py; data: images/data.py; scores: images/scores.py; method: fgm.py.
 """
 
 import argparse
@@ -24,10 +24,13 @@ import torch
 
 import fgm
 from fgm import InputError
-from parts import edm, flags, images, memory, run, scores, sizes
-from parts.edm import EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
-from parts.flags import Setting
-from parts.gan import GAN
+from images import data as images
+from images import memory, scores
+from images import unet as edm
+from images.unet import EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
+from training import flags, run, sizes
+from training.flags import Setting
+from training.gan import GAN
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
@@ -61,7 +64,7 @@ QUICK_ON_GPU = QUICK | dict(
 
 DATA_FLAGS = {
     "data": Setting(str, None, "cifar10, digits, or a folder with one sub-folder per class"),
-    "resolution": Setting(int, fgm.COUNT, "crop and resize the images of a folder, or shrink cifar10"),
+    "resolution": Setting(int, flags.COUNT, "crop and resize the images of a folder, or shrink cifar10"),
     "cond": Setting(bool, None, "class-conditional networks (table 2 of the paper)"),
     "flip": Setting(argparse.BooleanOptionalAction, None, "horizontal flips when the teacher trains"),
 }
@@ -76,15 +79,16 @@ TEACHER_FLAGS = {
     "model_channels": Setting(int, "[4, 1e5]", "width of the first level"),
     "channel_mult": Setting(int, "[1, 1000]", "widths of the levels as multiples of that", "+"),
     "num_blocks": Setting(int, "[1, 1000]", "residual blocks per level"),
-    "attention": Setting(int, fgm.COUNT, "resolutions with attention", "*"),
+    "attention": Setting(int, flags.COUNT, "resolutions with attention", "*"),
     "dropout": Setting(float, "[0, 1)", "when the teacher trains"),
-    "teacher_kimg": Setting(float, fgm.POSITIVE, "thousand images to train the teacher on"),
+    "teacher_kimg": Setting(float, flags.POSITIVE, "thousand images to train the teacher on"),
     **flags.TEACHER_FLAGS,
-    "teacher_ema": Setting(float, fgm.RANGES["ema_decay"], "of the teacher's moving average", None, "DECAY"),
+    "teacher_ema": Setting(float, flags.RANGES["ema_decay"], "of the teacher's moving average",
+                           metavar="DECAY"),
 }
 METHOD_FLAGS = {
-    "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
-    "gan": Setting(float, fgm.POSITIVE, "a GAN on the training images, too: its weight in the generator's "
+    "kimg": Setting(float, flags.POSITIVE, "thousand images to distil with"),
+    "gan": Setting(float, flags.POSITIVE, "a GAN on the training images, too: its weight in the generator's "
                                         "loss, both per element, a fifth of that in the flow's (digits: 0.1)",
                    metavar="WEIGHT"),
 }
@@ -95,9 +99,9 @@ SCORE_FLAGS = {
     "inception_weights": Setting(str, None, "for --fid without a download", metavar="FILE"),
 }
 SAMPLE_FLAGS = {
-    "sample": Setting(int, fgm.COUNT, "draw N images from the run in OUT or --generator FILE", metavar="N"),
+    "sample": Setting(int, flags.COUNT, "draw N images from the run in OUT or --generator FILE", metavar="N"),
     "generator": Setting(str, None, "a generator.safetensors, all that sampling needs", metavar="FILE"),
-    "ode_steps": Setting(int, fgm.COUNT, "draw from the teacher with K Euler steps instead", metavar="K"),
+    "ode_steps": Setting(int, flags.COUNT, "draw from the teacher with K Euler steps instead", metavar="K"),
     "classes": Setting(int, "[0, 1e9]", "draw these in turn, not each as often as in the data", "+"),
     "npz": Setting(bool, None, "also write the images as a uint8 array"),
 }

@@ -45,7 +45,6 @@ sums over the dimensions of a sample, one value per sample. This file needs torc
 
 import functools
 import math
-import numbers
 import time
 import warnings
 from collections import defaultdict
@@ -197,11 +196,14 @@ class OneStepGenerator(nn.Module):
 
     c_out None means t_star. Eq. (5.1) prints (1 - t*) z + t* v(t* z, t*): the opposite sign of v, which, with
     velocity = noise - data as in (3.6), (B.1) and (C.1), steps away from the data. With c_in = c_skip and
-    c_out = t_star, (B.1) is the teacher's E[x0 | x_t] at t_star. Raises InputError outside RANGES."""
+    c_out = t_star, (B.1) is the teacher's E[x0 | x_t] at t_star.
+
+    Raises InputError for t_star outside (0, 1]."""
 
     def __init__(self, net, t_star, c_in=1.0, c_skip=1.0, c_out=None):
         super().__init__()
-        check_settings(t_star=t_star, c_in=c_in, c_skip=c_skip, c_out=c_out)
+        if not 0 < t_star <= 1:
+            raise InputError(f"t_star must be in (0, 1], got {t_star!r}")
         self.net = net
         self.t_star, self.c_in, self.c_skip = t_star, c_in, c_skip
         self.c_out = t_star if c_out is None else c_out
@@ -295,7 +297,7 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
     bounds the norm of a gradient. t ~ logit-normal(*t_flow). run: what surrounds the loop. Every step seeds
     torch's default generator. Returns (net, with the moving average as its weights, seconds spent). Raises
     InputError (a ValueError) for settings outside RANGES, Diverged for a non-finite loss or gradient."""
-    settings = check_settings(
+    settings = dict(
         steps=steps, batch=batch, lr=lr, betas=betas, eps=eps, lr_warmup=lr_warmup, lr_decay=lr_decay,
         clip=clip, t_flow=t_flow, ema_decay=ema_decay, seed=seed, precision=precision)
     passes, micro = micro_batches(batch, micro_batch)
@@ -346,7 +348,7 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     two_graphs makes it 10, or 12, and never holds the graphs of teacher and flow together.
     Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
     flow_lr = lr if flow_lr is None else flow_lr
-    settings = check_settings(
+    settings = dict(
         steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, betas=betas, eps=eps, lr_warmup=lr_warmup,
         lr_decay=lr_decay, clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
         weight=weight, loss_scale=loss_scale, flow_updates=flow_updates, two_graphs=two_graphs,
@@ -461,46 +463,7 @@ def extra_gradient(extra, flow, x0, seeds, cond, bf16):
         return torch.autograd.grad(loss.mean(), leaf)[0], loss.detach()
 
 
-# ---- Settings (the command-line flags read the same ranges), processes, random draws -----------------------
-
-COUNT, POSITIVE, LOGIT_NORMAL = "[1, 1e9]", "(0, 1e9]", ("[-20, 20]", "[0, 20]")
-RANGES = {
-    "steps": COUNT, "batch": COUNT, "micro_batch": COUNT, "flow_updates": "[1, 1e3]", "lr_warmup": "[0, 1e9]",
-    "lr": POSITIVE, "flow_lr": POSITIVE, "lr_decay": "[0, 1]", "clip": POSITIVE, "seed": "[0, 2147483647]",
-    "ema_decay": "[0, 1)", "t_star": "(0, 1]", "c_in": "(0, 100]", "c_skip": "[0, 100]", "c_out": "(0, 100]",
-    "l1_weight": "[-10, 10]", "loss_scale": POSITIVE, "t_generator": LOGIT_NORMAL, "t_flow": LOGIT_NORMAL,
-    "precision": ["auto", "fp32", "bf16"],
-}
-WHOLE_NUMBERS = ("steps", "batch", "micro_batch", "flow_updates", "seed", "lr_warmup")
-
-
-def check_setting(name, value, allowed, whole=False):
-    """Raises InputError unless value lies in the interval, or each number of a pair in its own, or is one of
-    the words allowed. None, a setting that is not given, is always allowed; nan lies in no interval."""
-    if value is None:
-        return
-    if isinstance(allowed, list):
-        if value not in allowed:
-            raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    elif isinstance(allowed, tuple):
-        if not isinstance(value, tuple | list) or len(value) != len(allowed) or None in value:
-            raise InputError(f"{name} must be {len(allowed)} numbers, got {value!r}")
-        for number, interval in zip(value, allowed, strict=True):
-            check_setting(name, number, interval, whole)
-    else:
-        low, high = (float(end) for end in allowed[1:-1].split(","))
-        at_an_end = allowed[0] == "[" and value == low or allowed[-1] == "]" and value == high
-        right = isinstance(value, numbers.Integral if whole else numbers.Real)
-        if not right or not (low < value < high or at_an_end):
-            raise InputError(f"{name} must be {'a whole number ' * whole}in {allowed}, got {value!r}")
-
-
-def check_settings(**settings):
-    """The settings, of which those in RANGES are checked."""
-    for name, value in settings.items():
-        if name in RANGES:
-            check_setting(name, value, RANGES[name], name in WHOLE_NUMBERS)
-    return settings
+# ---- Processes, precision, random draws --------------------------------------------------------------------
 
 
 def check_apart(**nets):
@@ -529,7 +492,8 @@ def gathered(tensor):
 
 def wants_bf16(precision, device):
     """Whether passes run in bfloat16; weights, optimiser, t and losses stay in float32 either way."""
-    check_settings(precision=precision)
+    if precision not in ("auto", "fp32", "bf16"):
+        raise InputError(f"precision must be auto, fp32 or bf16, got {precision!r}")
     available = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16" or (precision == "auto" and available)
 
@@ -543,7 +507,6 @@ def bf16_passes(precision, device):
 
 def micro_batches(batch, micro_batch=None):
     """(passes, micro-batch): batch is micro-batch x accumulation x processes. Raises InputError if not."""
-    check_settings(batch=batch, micro_batch=micro_batch)
     share, rest = divmod(batch, world_size())
     micro = micro_batch or max(share, 1)
     if rest or share % micro:
@@ -674,7 +637,7 @@ class Learner:
 
 
 class Run:
-    """What surrounds a training loop. This one only watches; parts/run.py's logs, saves and resumes."""
+    """What surrounds a training loop. This one only watches; training/run.py's logs, saves and resumes."""
 
     def steps(self, phase, steps, learners, settings):
         """Yield the step numbers. learners: {name: Learner}, all that changes."""

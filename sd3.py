@@ -11,8 +11,8 @@ The run writes OUT/pipeline; afterwards only diffusers is needed:
     pipe = StableDiffusion3Pipeline.from_pretrained("OUT/pipeline")
     image = pipe("a red fox in the snow", num_inference_steps=1, guidance_scale=0).images[0]
 
-Prompts are encoded once (parts/prompts.py), the networks are made in one of two memory recipes
-(parts/mmdit.py), distilled (fgm.py), exported and scored (parts/pipeline.py).
+Prompts are encoded once (text2image/prompts.py), the networks are made in one of two memory recipes
+(text2image/transformer.py), distilled (fgm.py), exported and scored (text2image/pipeline.py).
 
 What differs by --model (all sample with shift 3, which is the teacher's own and read from its scheduler; what
 FGM draws t from are --t-flow and --t-generator):
@@ -34,17 +34,18 @@ import torch
 
 import fgm
 from fgm import InputError
-from parts import flags, hub, pipeline, run
-from parts.captions import digit_of, is_miniature, judge
-from parts.card import table, write_card
-from parts.files import open_folder
-from parts.flags import COUNT, Setting
-from parts.gan import GAN
-from parts.images import save_grid, save_samples
-from parts.mmdit import networks, print_memory
-from parts.prompts import contents, described, digest_of, encode_prompts, find_prompts, free_memory
-from parts.real import encode_images, load_real
-from parts.sizes import check_sizes
+from images.data import save_grid, save_samples
+from text2image import hub, pipeline
+from text2image.card import table, write_card
+from text2image.digits import digit_of, is_miniature, judge
+from text2image.prompts import contents, described, digest_of, encode_prompts, find_prompts, free_memory
+from text2image.real import encode_images, load_real
+from text2image.transformer import networks, print_memory
+from training import flags, run
+from training.files import open_folder
+from training.flags import COUNT, Setting
+from training.gan import GAN
+from training.sizes import check_sizes
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
@@ -81,7 +82,7 @@ FLAGS = {  # by their group in --help
         "lora": Setting(int, COUNT, "one base and two LoRA adapters, not three networks; lora.safetensors "
                                     "works with the scheduler of OUT/pipeline alone", metavar="RANK"),
         "guidance": Setting(float, "[1, 1000]", "classifier-free guidance of the teacher; 1: none"),
-        "kimg": Setting(float, fgm.POSITIVE, "thousand images to distil with"),
+        "kimg": Setting(float, flags.POSITIVE, "thousand images to distil with"),
         **flags.DISTILLATION_FLAGS,
     },
     "GAN (appendix B.2)": {

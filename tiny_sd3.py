@@ -19,15 +19,16 @@ import torch
 
 import fgm
 from fgm import InputError
-from parts.bars import bar, batches
-from parts.captions import PROMPTS, SIZE, captioned_digits, captions, judge
-from parts.files import atomically, open_folder, write_json
-from parts.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
-from parts.images import save_grid, to_uint8
-from parts.mmdit import SD3Velocity
-from parts.pipeline import draw, quiet
-from parts.prompts import encode
-from parts.run import command
+from images.data import save_grid, to_uint8
+from text2image.digits import PROMPTS, SIZE, captioned_digits, captions, judge
+from text2image.pipeline import draw, quiet
+from text2image.prompts import encode
+from text2image.transformer import SD3Velocity
+from training import flags
+from training.bars import bar, batches
+from training.files import atomically, open_folder, write_json
+from training.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
+from training.run import command
 
 TRANSFORMER = dict(
     sample_size=4, patch_size=1, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2,
@@ -160,9 +161,9 @@ FLAGS = {
     "out": Setting(str, None, "output folder"),
     "overwrite": Setting(bool, None, "replace the pipeline in OUT"),
     "vae_steps": Setting(int, COUNT, "training steps of the VAE"),
-    "kimg": Setting(float, fgm.POSITIVE, "thousand images to train the transformer on"),
+    "kimg": Setting(float, flags.POSITIVE, "thousand images to train the transformer on"),
     "batch": Setting(int, "[1, 1e6]", "of the transformer's training"),
-    "lr": Setting(float, fgm.POSITIVE, "learning rate of the transformer"),
+    "lr": Setting(float, flags.POSITIVE, "learning rate of the transformer"),
     "samples": Setting(int, "[2, 1e6]", "images judged"),
     "seed": RUN_FLAGS["seed"],
 }

@@ -20,11 +20,11 @@ from torch import nn
 
 import fgm
 from fgm import InputError
-from parts import flags, sizes
-from parts.flags import Setting
-from parts.points import draw_frame, draw_panels, frame_steps, write_movie
-from parts.progress import scores
-from parts.run import command, fingerprint_of, folder_run, save_weights, setup, shard, write_results
+from points.pictures import draw_frame, draw_panels, frame_steps, write_movie
+from training import flags, sizes
+from training.flags import Setting
+from training.progress import scores
+from training.run import command, fingerprint_of, folder_run, save_weights, setup, shard, write_results
 
 # ---- Data, network, distance -------------------------------------------------------------------------------
 
@@ -114,9 +114,9 @@ DEFAULTS = dict(
 FLAGS = {
     "data": Setting(str, [*DATA, "all"], "what the teacher learns; all: each in turn, in OUT/DATA"),
     "out": Setting(str, None, "output folder (default: runs/DATA)"),
-    "teacher_steps": Setting(int, fgm.COUNT, "training steps of the teacher"),
+    "teacher_steps": Setting(int, flags.COUNT, "training steps of the teacher"),
     **flags.TEACHER_FLAGS,
-    "steps": Setting(int, fgm.COUNT, "distillation steps"),
+    "steps": Setting(int, flags.COUNT, "distillation steps"),
     "samples": Setting(int, "[2, 1e6]", "samples that each distance is measured on"),
     "movie": Setting(bool, None, "write movie.gif, the generator's samples over training"),
 }

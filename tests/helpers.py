@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parts import run
+from training import run
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite compares bits, those of a CPU, wherever it runs
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,1 @@
+"""Images: EDM's U-Net, published networks, data sets, scores."""

@@ -1,0 +1,1 @@
+"""What surrounds the loops of fgm.py: the run in a folder, checkpoints, flags, progress, the GAN."""
