@@ -26,7 +26,7 @@ The map, from the paper to this file:
     ReFlow loss (3.6)           reflow_loss         sampling the teacher            sample_ode, Guided
     FGM losses (4.11), (4.12)   fgm_losses          t of appendices B.1 and B.2     logit_normal
     Algorithm 1                 distill             the teacher's training          train_flow
-    marginal velocity (3.2)     GaussianMixture     (4.7) and Theorem 4.2 (4.8)     tests/test_theorems.py
+    is u a teacher? by (4.7)    defect              (4.7) and Theorem 4.2 (4.8)     tests/method
 
 What the identity does not cover. L2 + l1_weight L1 = R_u - R_v + (l1_weight - 1) || u - v ||^2, so another
 l1_weight (the paper's 0 on images) has no common functional. A weight of t alone on the generator's loss, or
@@ -39,16 +39,19 @@ same samples; as in the paper's experiments, by Adam, with t logit-normal (here 
 Conventions. t: [B], in [0, 1], float32 (float64 beside float64 data); t = 0 is data, t = 1 is noise. A
 velocity is noise - x0, an Euler step from t to s is x + (s - t) v. A velocity network is any callable
 net(x, t, **cond) -> v with v.shape == x.shape, differentiable in x (no torch.no_grad inside), which treats
-samples independently and does not change x in place; one that is trained must be an nn.Module. Losses are
-sums over the dimensions of a sample, one value per sample. This file needs torch and numpy alone.
+samples independently and does not change x in place; one that is trained must be an nn.Module. Data have a
+standard deviation of about 1. Losses are sums over the dimensions of a sample, one value per sample. This
+file needs torch and numpy alone.
 """
 
 import functools
 import math
+import re
 import time
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -88,6 +91,7 @@ def interpolate(x0, noise, t):
         raise InputError(f"t must have shape [{len(x0)}], one value per sample, got {list(t.shape)}")
     if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():
         raise InputError(f"t must lie in [0, 1], got values from {t.min():g} to {t.max():g}")
+
     t = per_sample(t, x0)
     return (1 - t) * x0 + t * noise
 
@@ -95,12 +99,19 @@ def interpolate(x0, noise, t):
 def velocity(net, xt, t, **cond):
     """net(xt, t, **cond), float32 or better. xt: [B, ...], t: [B].
 
-    Raises InputError for another shape, and if v has no gradient though xt needs one."""
-    v = net(xt, t, **cond)
-    if torch.is_grad_enabled() and xt.requires_grad and not v.requires_grad:
-        raise InputError("a velocity network must be differentiable in x: no torch.no_grad or detach inside")
+    A network whose weights are bfloat16 or float16 computes in these. Raises InputError if v is no tensor or
+    has another shape than xt, if xt needs a gradient that v does not have, and for weights in float64 beside
+    float32 samples."""
+    with precision_of(net, xt):
+        v = net(xt, t, **cond)
+
+    if not torch.is_tensor(v):
+        raise InputError(f"a velocity network must return a tensor, got a {type(v).__name__}: wrap it in a "
+                         "module that returns the tensor inside, v[0] or v.sample")
     if v.shape != xt.shape:
         raise InputError(f"a velocity must have its input's shape {list(xt.shape)}, got {list(v.shape)}")
+    if torch.is_grad_enabled() and xt.requires_grad and not v.requires_grad:
+        raise InputError("a velocity network must be differentiable in x: no torch.no_grad or detach inside")
     return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
@@ -116,41 +127,49 @@ def reflow_loss(net, x0, noise, t, **cond):
 
 
 def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
-    """The FGM losses (4.11), (4.12); l1 + l2 is reflow_loss of teacher minus that of flow (4.10).
+    """The FGM losses L1 (4.11) and L2 (4.12); l1 + l2 is R_u - R_v (4.10).
 
     x0 = g(z) [B, ...] carries the generator's graph; noise [B, ...] and t [B] are drawn independently of z
-    (Theorem 4.1 conditions on x0 alone). Gradients reach x0 through noise - x0 and through x_t, the input of
-    both networks; none reaches the parameters of a teacher or flow that is an nn.Module. With activation
-    checkpointing, call backward inside frozen(teacher, flow) as well. weight(t, u, target) -> [B] scales
-    both, as a constant. Returns (l1 [B], l2 [B])."""
+    (Theorem 4.1 conditions on x0 alone). Gradients reach x0 through c = noise - x0 and through x_t, the input
+    of both networks; none reaches the parameters of a teacher or flow that is an nn.Module. With activation
+    checkpointing, call backward inside frozen(teacher, flow) as well. weight(t, u, c) -> [B] scales both, as
+    a constant. Returns (l1 [B], l2 [B])."""
     with frozen(teacher, flow):
-        xt = interpolate(x0, noise, t)
-        u = velocity(teacher, xt, t, **cond)
-        v = velocity(flow, xt, t, **cond)
-    target = noise - x0  # c, which is u_t(x_t | x0) of (3.5), (x_t - x0) / t
-    l1 = dot(u - v, u - v)  # (4.11)
-    l2 = 2 * dot(u - v, v - target)  # (4.12)
-    w = 1.0 if weight is None else weights_of(weight, t, u, target)
+        u_error = reflow_error(teacher, x0, noise, t, **cond)  # u - c
+        v_error = reflow_error(flow, x0, noise, t, **cond)  # v - c
+
+    l1, l2 = l1_and_l2(u_error, v_error)
+    w = weights_of(weight, t, u_error, noise - x0)
     return w * l1, w * l2
 
 
-def weights_of(weight, t, u, target):
-    """weight(t, u, target) without gradients. Raises InputError unless it is a number or one per sample."""
-    w = torch.as_tensor(weight(t, u.detach(), target.detach()), dtype=u.dtype, device=u.device).detach()
+def l1_and_l2(u_error, v_error):
+    """L1 = || u - v ||^2 (4.11), L2 = 2 <u - v, v - c> (4.12), [B] each, of u - c and v - c, [B, ...]."""
+    gap = u_error - v_error
+    return dot(gap, gap), 2 * dot(gap, v_error)
+
+
+def weights_of(weight, t, u_error, c):
+    """weight(t, u, c) as a constant [B]; 1 without a weight. Raises InputError for another shape."""
+    if weight is None:
+        return torch.ones_like(t)
+
+    u_error, c = u_error.detach(), c.detach()
+    w = torch.as_tensor(weight(t, u_error + c, c), dtype=u_error.dtype, device=u_error.device).detach()
     if w.dim() and w.shape != t.shape:
         raise InputError(f"weight must return [{len(t)}], one value per sample, got {list(w.shape)}")
     return w.expand(len(t))  # [] or [B] -> [B]
 
 
-def sid_weight(t, u, target):
-    """SiD's weight per sample (arXiv 2404.04057, eq. 24) in our terms, t^2 / mean |t (u - target)|.
+def sid_weight(t, u, c):
+    """SiD's weight per sample (arXiv 2404.04057, eq. 24) in our terms, t^2 / mean |t (u - c)|.
 
-    u, target: [B, ...], t: [B]. Returns [B]."""
-    error = (per_sample(t, u) * (u - target)).abs().flatten(1).mean(1)  # [B, ...] -> [B, D] -> [B]
+    u, c: [B, ...], t: [B]. Returns [B]."""
+    error = (per_sample(t, u) * (u - c)).abs().flatten(1).mean(1)  # [B, ...] -> [B, D] -> [B]
     return t**2 / error.clamp(min=1e-5)
 
 
-def noise_weight(t, u, target):
+def noise_weight(t, u, c):
     """exp(4 t) / 10: the mass of each mode is decided at high noise, where modes overlap; at low noise the
     online flow is poorest just where mass would have to pass, between the modes. t: [B]. Returns [B]."""
     return torch.exp(4 * t) / 10
@@ -161,6 +180,7 @@ def frozen(*nets):
     """Within, a backward pass through those nets that are modules computes gradients of their inputs only."""
     modules = [net for net in nets if isinstance(net, nn.Module)]
     parameters = [p for net in modules for p in net.parameters() if p.requires_grad]
+
     for p in parameters:
         p.requires_grad_(False)
     try:
@@ -183,6 +203,28 @@ def normal_quantile(uniform):
     return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
 
 
+# ---- Is this a teacher? ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def defect(net, x0, t, **cond):
+    """E<u - c, u> / E|u|^2 on samples x0: 0 if u = net is the mean of c given x_t, as FGM takes it to be.
+
+    This is the Flow Product Identity (4.7) with f = u. It needs nothing but the teacher: x0 [B, ...] are its
+    own samples (or the data that it was trained on), the path's noise is fresh, c = noise - x0. t: a number,
+    or [B]; look at several, for what is wrong at one t may be right at another. Far from 0 are networks
+    trained with noise paired to data (OT-CFM, rectified flow), with the wrong sign of v, or with t running
+    the other way; and guided fields, which are no means. Returns (defect, its standard error)."""
+    t = t if torch.is_tensor(t) else constant_t(t, x0)
+    noise = torch.randn_like(x0)
+    u = velocity(net, interpolate(x0, noise, t), t, **cond)
+
+    product, square = dot(u - (noise - x0), u), dot(u, u)  # [B] each
+    ratio = product.mean() / square.mean()
+    error = (product - ratio * square).std() / len(x0) ** 0.5 / square.mean()  # of a ratio of two means
+    return ratio.item(), error.item()
+
+
 # ---- The one-step generator, the ODE sampler, guidance -----------------------------------------------------
 
 
@@ -196,14 +238,14 @@ class OneStepGenerator(nn.Module):
 
     c_out None means t_star. Eq. (5.1) prints (1 - t*) z + t* v(t* z, t*): the opposite sign of v, which, with
     velocity = noise - data as in (3.6), (B.1) and (C.1), steps away from the data. With c_in = c_skip and
-    c_out = t_star, (B.1) is the teacher's E[x0 | x_t] at t_star.
-
-    Raises InputError for t_star outside (0, 1]."""
+    c_out = t_star, (B.1) is the teacher's E[x0 | x_t] at t_star. Raises InputError for t_star outside (0, 1].
+    """
 
     def __init__(self, net, t_star, c_in=1.0, c_skip=1.0, c_out=None):
         super().__init__()
         if not 0 < t_star <= 1:
             raise InputError(f"t_star must be in (0, 1], got {t_star!r}")
+
         self.net = net
         self.t_star, self.c_in, self.c_skip = t_star, c_in, c_skip
         self.c_out = t_star if c_out is None else c_out
@@ -227,6 +269,7 @@ def sample_ode(net, noise, steps, solver="euler", **cond):
     Raises InputError for other solvers or steps < 1."""
     if steps < 1 or solver not in ("euler", "heun"):
         raise InputError(f'steps must be 1 or more and solver "euler" or "heun", got {steps} and {solver!r}')
+
     x = noise
     for i in range(steps):
         t, s = 1 - i / steps, 1 - (i + 1) / steps
@@ -248,16 +291,18 @@ class Guided(nn.Module):
         self.net, self.scale, self.null = net, scale, null
 
     def forward(self, x, t, **cond):
-        tensors = {name for name, value in cond.items() if torch.is_tensor(value)}
-        if not self.null.keys() <= tensors:
-            raise InputError(f"guidance replaces tensors {sorted(self.null)}, the call has {sorted(tensors)}")
+        missing = [name for name in self.null if not torch.is_tensor(cond.get(name))]
+        if missing:
+            raise InputError(f"guidance replaces the tensors {sorted(self.null)}, the call lacks {missing}")
         if self.scale == 1:
             return self.net(x, t, **cond)
+
         both = dict(cond)
-        for name in tensors:
-            value = cond[name]
-            other = torch.as_tensor(self.null.get(name, value), dtype=value.dtype, device=value.device)
-            both[name] = torch.cat([value, other.expand_as(value)])  # [B, ...] -> [2B, ...]
+        for name, value in cond.items():
+            if torch.is_tensor(value):
+                other = torch.as_tensor(self.null.get(name, value)).to(value)
+                both[name] = torch.cat([value, other.expand_as(value)])  # [B, ...] -> [2B, ...]
+
         v = velocity(self.net, torch.cat([x, x]), torch.cat([t, t]), **both)  # [2B, ...]
         v_cond, v_null = v.chunk(2)  # [2B, ...] -> 2 x [B, ...]
         return v_null + self.scale * (v_cond - v_null)
@@ -266,69 +311,51 @@ class Guided(nn.Module):
         self.net.compile(**settings)
 
 
-guided = Guided  # the former name
+# ---- Errors from inside a network, in plain words ----------------------------------------------------------
 
-# ---- Training: the teacher by ReFlow (3.6), the generator by Algorithm 1 -----------------------------------
+ADVICE = {  # by what torch says from deep inside a pass
+    "use_reentrant=True|None of the inputs have requires_grad|does not require grad":
+        "a network's gradients are cut off: it must have no torch.no_grad or detach inside, and activation "
+        "checkpointing must be that of torch.utils.checkpoint with use_reentrant=False",
+    "same dtype|should be the same": "samples, conditions and weights differ in dtype: make all float32",
+}
 
 
 @contextmanager
-def refuse_reentrant_checkpoints():
-    """Around a training loop: InputError for networks with torch.utils.checkpoint(use_reentrant=True), which
-    have no gradients at an input, and without a word none at weights where the input needs none."""
+def advised():
+    """Around a training loop: InputError for what ADVICE knows, and for gradients that torch leaves out."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
         try:
             yield
         except (RuntimeError, UserWarning) as error:
-            if "use_reentrant=True" not in str(error) and "have requires_grad=True" not in str(error):
-                raise
-            raise InputError("a network's activation checkpointing needs use_reentrant=False") from error
+            for pattern, advice in ADVICE.items():
+                if re.search(pattern, str(error)):
+                    raise InputError(f"{advice} ({error})") from error
+            raise
 
 
-@refuse_reentrant_checkpoints()
-def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9, 0.999), eps=1e-8,
-               lr_warmup=0, lr_decay=0.0, clip=None, t_flow=(0.0, 2.0), ema_decay=0.999, seed=0,
-               precision="auto", compile=False, run=None):
-    """Train net as a flow model of data with the ReFlow loss (3.6).
-
-    data(seeds) -> (x0 [B, ...], cond), on the network's device: the samples and conditions that int64 seeds
-    [B], on the CPU, choose. batch is global, micro_batch what a process takes at a time (None: its share).
-    The learning rate rises over lr_warmup steps and falls to 0 over the last share lr_decay of all; clip
-    bounds the norm of a gradient. t ~ logit-normal(*t_flow). run: what surrounds the loop. Every step seeds
-    torch's default generator. Returns (net, with the moving average as its weights, seconds spent). Raises
-    InputError (a ValueError) for settings outside RANGES, Diverged for a non-finite loss or gradient."""
-    settings = dict(
-        steps=steps, batch=batch, lr=lr, betas=betas, eps=eps, lr_warmup=lr_warmup, lr_decay=lr_decay,
-        clip=clip, t_flow=t_flow, ema_decay=ema_decay, seed=seed, precision=precision)
-    passes, micro = micro_batches(batch, micro_batch)
-    device = next(net.parameters()).device
-    bf16 = bf16_passes(precision, device)
-    learner, run = Learner(net, lr, betas, eps, clip, ema_decay), run or Run()
-    if compile:
-        net.compile()
-    for step in run.steps("teacher", steps, {"teacher": learner}, settings):
-        draws = Draws(batch, device, seed, TEACHER, step)
-        t, seeds, noise, losses = draws.sample_t(*t_flow), draws.seeds(), None, []
-        for i in range(0, len(t), micro):
-            x0, cond = data(seeds[i : i + micro])
-            noise = draws.normal(x0.shape[1:]) if noise is None else noise  # of all micro-batches at once
-            with bf16:
-                loss = reflow_loss(net, x0, noise[i : i + micro], t[i : i + micro], **cond)
-            loss.mean().backward()
-            losses.append(loss.detach())
-        gradient = learner.update(schedule(step, steps, lr_warmup, lr_decay), passes)
-        run.log_by_t(t, flow_loss=torch.cat(losses))
-        run.log(flow_loss=torch.cat(losses), flow_gradient=gradient)
-    learner.finish()
-    return net, run.seconds
+# ---- Algorithm 1 -------------------------------------------------------------------------------------------
 
 
-@refuse_reentrant_checkpoints()
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the networks take in one pass, beside the generator's samples: B rows of an update's draws."""
+
+    noise: torch.Tensor  # [B, ...], of the path, independent of the generator's z
+    t: torch.Tensor  # [B], in the generator's loss
+    flow_t: torch.Tensor  # [B], in the flow's loss
+    one_t: bool  # whether these two are the same
+    seeds: torch.Tensor  # [B], int64, which chose cond
+    cond: dict  # what the networks take beside x and t
+    autocast: object  # the context of the networks' passes
+
+
+@advised()
 def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, conditions=None, lr=2e-5,
             flow_lr=None, betas=(0.0, 0.999), eps=1e-8, lr_warmup=0, lr_decay=0.0, clip=None,
             t_generator=(0.0, 2.0), t_flow=(0.0, 2.0), l1_weight=1.0, weight=None, loss_scale=1.0,
-            flow_updates=1, two_graphs=False, extra=None, ema_decay=0.999, seed=0, precision="auto",
-            compile=False, run=None):
+            flow_updates=1, extra=None, ema_decay=0.999, seed=0, precision="auto", run=None):
     """Algorithm 1: distil teacher into generator, with the online flow `flow`.
 
     generator (a OneStepGenerator) and flow start as copies of the teacher and are changed; all three are put
@@ -336,7 +363,7 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     conditions(seeds) -> cond: the conditions that int64 seeds [B] choose. The generator minimises
     loss_scale * (L2 + l1_weight * L1): l1_weight 1 is R_u - R_v, the exact gradient of (4.1) at the best v, 0
     the paper's practice on images, 2 - 2 alpha SiD's alpha (arXiv 2404.04057).
-    weight(t, u, target) -> [B] scales L1 and L2 as a constant; if of t alone, the gradient at the best v is
+    weight(t, u, c) -> [B] scales L1 and L2 as a constant; if of t alone, the gradient at the best v is
     exactly that of (4.1), so weighted.
     t ~ logit-normal(*t_generator) in the generator's loss, (*t_flow) in the flow's. flow_lr None: lr.
     flow_updates: per step, each on fresh samples but the last, which shares those of the generator. extra: an
@@ -344,126 +371,293 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     generator_loss(flow, x0, seeds, cond), [B] each, added to the two losses (loss_scale scales the latter,
     too), which trains with the flow (the GAN of appendix B.2).
     A step costs 8 units (a forward pass 1, backward to an input 1, to weights, too, 2), 9 with another
-    l1_weight, 10 where the players' t differ or with extra (besides its own). With another l1_weight
-    two_graphs makes it 10, or 12, and never holds the graphs of teacher and flow together.
+    l1_weight, 10 where the players' t differ or with extra (besides its own).
     Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
+    if not isinstance(generator, OneStepGenerator):
+        raise InputError("generator must be a OneStepGenerator(net, t_star), not a "
+                         f"{type(generator).__name__}")
+    check_networks(generator=generator.net, flow=flow)
+    check_apart(teacher=teacher, generator=generator, flow=flow, extra=extra)
+
     flow_lr = lr if flow_lr is None else flow_lr
     settings = dict(
         steps=steps, batch=batch, lr=lr, flow_lr=flow_lr, betas=betas, eps=eps, lr_warmup=lr_warmup,
         lr_decay=lr_decay, clip=clip, t_generator=t_generator, t_flow=t_flow, l1_weight=l1_weight,
-        weight=weight, loss_scale=loss_scale, flow_updates=flow_updates, two_graphs=two_graphs,
-        ema_decay=ema_decay, seed=seed, precision=precision, shape=list(shape), **generator.coefficients())
-    check_apart(teacher=teacher, generator=generator, flow=flow, extra=extra)
+        weight=weight, loss_scale=loss_scale, flow_updates=flow_updates, ema_decay=ema_decay, seed=seed,
+        precision=precision, shape=list(shape), **generator.coefficients())
     passes, micro = micro_batches(batch, micro_batch)
     device = next(generator.parameters()).device
-    bf16 = bf16_passes(precision, device)
-    conditions, run = conditions or (lambda seeds: {}), run or Run()
-    shared = tuple(t_flow) == tuple(t_generator) and extra is None  # one pass of the flow serves both players
+    autocast, run = bf16_passes(precision, device), run or Run()
+    conditions = (lambda seeds: {}) if conditions is None else conditions
+    for net in (teacher, generator, flow):
+        if isinstance(net, nn.Module):
+            net.eval()  # no dropout in Algorithm 1
+
     followers = {"flow": flow} if extra is None else {"flow": flow, "extra": extra}
     learners = {name: Learner(net, flow_lr, betas, eps, clip) for name, net in followers.items()}
     learners["generator"] = Learner(generator, lr, betas, eps, clip, ema_decay)
-    for net in (teacher, generator.net, flow):
-        if isinstance(net, nn.Module):
-            net.eval()  # no dropout in Algorithm 1
-            if compile:
-                net.compile()
-                torch._functorch.config.donated_buffer = False  # a graph may be differentiated twice
-                torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+    one_t = tuple(t_flow) == tuple(t_generator) and extra is None
+    one_functional = one_t and l1_weight == 1
 
     for step in run.steps("distill", steps, learners, settings):
-        lr_factor, found = schedule(step, steps, lr_warmup, lr_decay), defaultdict(list)
+        lr_factor, terms = schedule(step, steps, lr_warmup, lr_decay), defaultdict(list)
+
         for k in range(flow_updates):
             both = k == flow_updates - 1  # the flow learns from all samples, the generator from the last
             draws = Draws(batch, device, seed, DISTILLATION, step, k)
             z, noise, t, seeds = draws.for_update(shape, *(t_generator if both else t_flow))
-            drawn = z, noise, t, draws.sample_t(*t_flow) if both and not shared else t, seeds
-            for z, noise, t, t_of_flow, seeds in zip(*(values.split(micro) for values in drawn), strict=True):
-                cond, terms = conditions(seeds), {}
-                with bf16, torch.set_grad_enabled(both):
-                    x0 = generator(z, **cond)
-                if not (both and shared):  # "freeze theta, update psi", in a pass of its own
-                    terms = learn_flow(flow, extra, x0.detach(), noise, t_of_flow, seeds, cond, bf16)
-                if both:  # "freeze psi, update theta"
-                    at_x0, more = functional_gradient(
-                        teacher, flow, x0, noise, t, cond, bf16, l1_weight, weight, two_graphs, learn=shared)
-                    terms = more | terms
-                    if extra is not None:
-                        extra_at_x0, terms["extra"] = extra_gradient(extra, flow, x0, seeds, cond, bf16)
-                        at_x0 += extra_at_x0
+            flow_t = draws.sample_t(*t_flow) if both and not one_t else t
+
+            for i in range(0, len(t), micro):
+                rows = slice(i, i + micro)
+                cond = draw_conditions(conditions, seeds[rows])
+                part = MicroBatch(noise[rows], t[rows], flow_t[rows], one_t, seeds[rows], cond, autocast)
+                with autocast, torch.set_grad_enabled(both):
+                    x0 = generator(z[rows], **cond)
+
+                if not both:
+                    _, losses = learn_flow(flow, x0, part, extra)
+                elif one_functional:
+                    at_x0, losses = functional_gradient(teacher, flow, x0, part, weight)
+                else:
+                    at_x0, losses = separate_gradients(teacher, flow, x0, part, l1_weight, weight, extra)
+
+                if step == 0 and i == 0:
+                    check_scale("what the generator makes", x0)
+                if both:
                     x0.backward(loss_scale * at_x0)
-                    run.log_by_t(t, distance=terms["distance"])
-                run.log_by_t(t_of_flow, flow_loss=terms["flow_loss"])
-                for name, term in terms.items():
-                    found[name].append(term)
-            gradients = {f"{name}_gradient": learners[name].update(lr_factor, passes)
-                         for name in (learners if both else followers)}
-        run.log(**{name: torch.cat(terms) for name, terms in found.items()}, **gradients)
+                    run.log_by_t(part.t, bound=losses["bound"])
+                run.log_by_t(part.flow_t, flow_loss=losses["flow_loss"])
+                for name, loss in losses.items():
+                    terms[name].append(loss.detach())
+
+            moved = learners if both else followers
+            gradients = {f"{name}_gradient": learners[name].update(lr_factor, passes) for name in moved}
+
+        run.log(**{name: torch.cat(losses) for name, losses in terms.items()}, **gradients)
+
     for learner in learners.values():
         learner.finish()
     return generator, run.seconds
 
 
-def learn_flow(flow, extra, x0, noise, t, seeds, cond, bf16):
-    """A backward pass of mean R_v (3.6), and of extra's loss, into flow and extra. x0: [B, ...], detached.
+def functional_gradient(teacher, flow, x0, part, weight):
+    """The four lines: R_v backward into the flow's parameters and to x0 [B, ...], then R_u to x0.
 
-    Returns the losses, {name: [B]}."""
-    with bf16:
-        losses = {"flow_loss": reflow_loss(flow, x0, noise, t, **cond)}
-        if extra is not None:
-            losses["extra_flow_loss"] = extra.flow_loss(flow, x0, seeds, cond)
-    sum(losses.values()).mean().backward()
-    return {name: loss.detach() for name, loss in losses.items()}
-
-
-def functional_gradient(teacher, flow, x0, noise, t, cond, bf16, l1_weight, weight, two_graphs, learn):
-    """The gradient at x0 [B, ...] of the mean of weight * (R_u - R_v + (l1_weight - 1) || u - v ||^2).
-
-    learn: the flow's own, of mean R_v, is added to its parameters' by the same backward pass. The graphs of
-    teacher and flow live together only for another l1_weight than 1 without two_graphs. Returns the gradient,
-    and, unweighted, {"flow_loss": R_v, "distance": R_u - R_v, "l1": L1}, [B] each."""
-    leaf, excess = x0.detach().requires_grad_(), 2 * (l1_weight - 1)
-    with frozen(teacher, None if learn else flow):
-        with bf16:
-            v_error = reflow_error(flow, leaf, noise, t, **cond)  # v - c
-        flow_loss = dot(v_error, v_error)  # R_v
-        flow_at_x0, rest = 0, flow_loss
-        if learn or two_graphs or not excess:  # else with v's part of || u - v ||^2, below
-            flow_loss.mean().backward(retain_graph=excess != 0 and not two_graphs)
-            flow_at_x0, leaf.grad, rest = leaf.grad, None, 0
-
-        with bf16:
-            u_error = reflow_error(teacher, leaf, noise, t, **cond)  # u - c
-        gap = (u_error - v_error).detach()  # u - v
-        loss = dot(u_error, u_error)  # R_u
-        if excess:  # u's part of || u - v ||^2
-            loss = loss + excess * dot(gap, u_error)
-        (teacher_at_x0,) = torch.autograd.grad(loss.mean(), leaf)
-
-        if excess:  # v's part of || u - v ||^2
-            if two_graphs:
-                with bf16:
-                    v_error = reflow_error(flow, leaf, noise, t, **cond)
-            rest = rest + excess * dot(gap, v_error)
-            flow_at_x0 = flow_at_x0 + torch.autograd.grad(rest.mean(), leaf)[0]
-    at_x0, u_error, v_error = teacher_at_x0 - flow_at_x0, u_error.detach(), v_error.detach()
-    if weight is not None:
-        target = noise - leaf.detach()
-        at_x0 *= per_sample(weights_of(weight, t, u_error + target, target), at_x0)
-    distance = dot(gap, u_error + v_error)  # R_u - R_v = <u - v, (u - c) + (v - c)>
-    return at_x0, {"flow_loss": flow_loss.detach(), "distance": distance, "l1": dot(gap, gap)}
-
-
-def extra_gradient(extra, flow, x0, seeds, cond, bf16):
-    """The gradient at x0 [B, ...] of mean extra.generator_loss, and that loss, [B]."""
+    The graphs of flow and teacher never live together. Returns the gradient at x0 of the mean of
+    weight (R_u - R_v), and the losses, unweighted, [B] each."""
     leaf = x0.detach().requires_grad_()
-    with frozen(flow, extra):
-        with bf16:
-            loss = extra.generator_loss(flow, leaf, seeds, cond)
-        loss = loss + 0 * leaf.flatten(1).sum(1)  # [B]; it may not depend on x0
-        return torch.autograd.grad(loss.mean(), leaf)[0], loss.detach()
+    with part.autocast:
+        v_error = reflow_error(flow, leaf, part.noise, part.t, **part.cond)  # v - c
+    r_v = dot(v_error, v_error)
+    r_v.mean().backward()  # the flow's gradients, and at leaf
+
+    with frozen(teacher):
+        with part.autocast:
+            u_error = reflow_error(teacher, leaf, part.noise, part.t, **part.cond)  # u - c
+        r_u = dot(u_error, u_error)
+        (at_teacher,) = torch.autograd.grad(r_u.mean(), leaf)
+
+    w = per_sample(weights_of(weight, part.t, u_error, part.noise - leaf), leaf)
+    l1, _ = l1_and_l2(u_error.detach(), v_error.detach())
+    return w * (at_teacher - leaf.grad), {"flow_loss": r_v, "bound": r_u - r_v, "l1": l1}
 
 
-# ---- Processes, precision, random draws --------------------------------------------------------------------
+def learn_flow(flow, x0, part, extra, keep_graph=False):
+    """Freeze theta, update psi: the mean of R_v (3.6), and of extra's loss, backward into flow and extra.
+
+    x0: [B, ...], without the generator's graph. Returns v - c [B, ...], and the losses, [B] each."""
+    with part.autocast:
+        v_error = reflow_error(flow, x0, part.noise, part.flow_t, **part.cond)  # v - c
+        losses = {"flow_loss": dot(v_error, v_error)}
+        if extra is not None:
+            losses["extra_flow_loss"] = extra.flow_loss(flow, x0, part.seeds, part.cond)
+
+    sum(losses.values()).mean().backward(retain_graph=keep_graph)
+    return v_error, losses
+
+
+def separate_gradients(teacher, flow, x0, part, l1_weight, weight, extra):
+    """The two updates of Algorithm 1 with the losses as printed, one after the other, from the same samples.
+
+    Where both have one t, v is evaluated once. Returns the gradient at x0 [B, ...] of the mean of
+    weight (L2 + l1_weight L1), plus that of extra's loss, and the losses, unweighted, [B] each."""
+    leaf = x0.detach().requires_grad_()
+    v_error, losses = learn_flow(flow, leaf, part, extra, keep_graph=part.one_t)
+
+    # Freeze psi, update theta: (4.11) and (4.12).
+    with frozen(teacher, None if part.one_t else flow):
+        with part.autocast:
+            u_error = reflow_error(teacher, leaf, part.noise, part.t, **part.cond)  # u - c
+            if not part.one_t:
+                v_error = reflow_error(flow, leaf, part.noise, part.t, **part.cond)  # v - c
+        l1, l2 = l1_and_l2(u_error, v_error)
+        w = weights_of(weight, part.t, u_error, part.noise - leaf)
+        (at_x0,) = torch.autograd.grad((w * (l2 + l1_weight * l1)).mean(), leaf)
+    losses |= {"bound": l1 + l2, "l1": l1}
+
+    if extra is not None:
+        with frozen(flow, extra):
+            with part.autocast:
+                losses["extra"] = extra.generator_loss(flow, leaf, part.seeds, part.cond)
+            at_x0 = at_x0 + torch.autograd.grad(losses["extra"].mean(), leaf)[0]
+    return at_x0, losses
+
+
+# ---- The teacher, by ReFlow (3.6) --------------------------------------------------------------------------
+
+
+@advised()
+def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9, 0.999), eps=1e-8,
+               lr_warmup=0, lr_decay=0.0, clip=None, t_flow=(0.0, 2.0), ema_decay=0.999, seed=0,
+               precision="auto", run=None):
+    """Train net as a flow model of data with the ReFlow loss (3.6).
+
+    data(seeds) -> (x0 [B, ...], cond), on the network's device: the samples and conditions that int64 seeds
+    [B], on the CPU, choose. batch is global, micro_batch what a process takes at a time (None: its share).
+    The learning rate rises over lr_warmup steps and falls to 0 over the last share lr_decay of all; clip
+    bounds the norm of a gradient. t ~ logit-normal(*t_flow). run: what surrounds the loop. Every step seeds
+    torch's default generator.  Returns (net, with the
+    moving average as its weights, seconds spent). Raises InputError (a ValueError) for what users get wrong,
+    Diverged for a non-finite loss or gradient."""
+    check_networks(net=net)
+    settings = dict(
+        steps=steps, batch=batch, lr=lr, betas=betas, eps=eps, lr_warmup=lr_warmup, lr_decay=lr_decay,
+        clip=clip, t_flow=t_flow, ema_decay=ema_decay, seed=seed, precision=precision)
+    passes, micro = micro_batches(batch, micro_batch)
+    device = next(net.parameters()).device
+    autocast, run = bf16_passes(precision, device), run or Run()
+    learner = Learner(net, lr, betas, eps, clip, ema_decay)
+
+    for step in run.steps("teacher", steps, {"teacher": learner}, settings):
+        draws = Draws(batch, device, seed, TEACHER, step)
+        t, seeds, noise, losses = draws.sample_t(*t_flow), draws.seeds(), None, []
+
+        for i in range(0, len(t), micro):
+            x0, cond = draw_data(data, seeds[i : i + micro])
+            noise = draws.normal(x0.shape[1:]) if noise is None else noise  # of all micro-batches at once
+            if step == 0 and i == 0:
+                check_scale("the data", x0)
+            with autocast:
+                loss = reflow_loss(net, x0, noise[i : i + micro], t[i : i + micro], **cond)
+            loss.mean().backward()
+            losses.append(loss.detach())
+
+        gradient = learner.update(schedule(step, steps, lr_warmup, lr_decay), passes)
+        run.log_by_t(t, flow_loss=torch.cat(losses))
+        run.log(flow_loss=torch.cat(losses), flow_gradient=gradient)
+
+    learner.finish()
+    return net, run.seconds
+
+
+# ---- A network in training, and the run around a loop ------------------------------------------------------
+
+
+def schedule(step, steps, warmup, decay):
+    """Learning-rate factor: up over the first warmup steps, constant, down to 0 over the last share decay."""
+    return min(1.0, (step + 1) / max(warmup, 1), (steps - step) / max(round(decay * steps), 1))
+
+
+class Learner:
+    """A module's trainable parameters with Adam and, given an ema_decay, their moving average (EMA).
+
+    All processes start from the first one's weights, and average their gradients."""
+
+    def __init__(self, module, lr, betas, eps, clip=None, ema_decay=None):
+        self.module, self.lr, self.clip, self.ema_decay = module, lr, clip, ema_decay
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.updates = 0
+        if {p.dtype for p in self.parameters.values()} not in ({torch.float32}, {torch.float64}):
+            raise InputError(f"a network in training, a {type(module).__name__} here, needs trainable "
+                             "parameters, all in float32: bfloat16 weights would not move at such rates")
+        if world_size() > 1:
+            for value in replicated([*module.parameters(), *module.buffers()]):
+                dist.broadcast(value.detach(), 0)
+
+        self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, eps=eps, fused=True)
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p)
+            # Without momentum the first moment is the gradient itself, and needs no memory of its own.
+            first = torch.zeros_like(p) if betas[0] else p.grad
+            zero = torch.zeros((), device=p.device)
+            self.adam.state[p] = {"step": zero, "exp_avg": first, "exp_avg_sq": torch.zeros_like(p)}
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if ema_decay else {}
+
+    def update(self, lr_factor, passes):
+        """One Adam step at lr_factor * lr by the mean gradient of so many backward passes of every process,
+        then the moving average. Returns the gradient's norm before clipping."""
+        gradients = [p.grad for p in self.parameters.values()]
+        if passes > 1:
+            torch._foreach_div_(gradients, passes)
+        replicas = replicated(gradients)
+        if world_size() > 1 and replicas:  # one message; FSDP2 has averaged sharded ones
+            whole = torch.cat([gradient.flatten() for gradient in replicas])
+            dist.all_reduce(whole)
+            parts = (whole / world_size()).split([gradient.numel() for gradient in replicas])
+            torch._foreach_copy_(replicas, [part.view_as(g) for part, g in zip(parts, replicas, strict=True)])
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
+
+        for group in self.adam.param_groups:
+            group["lr"] = lr_factor * self.lr
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=False)
+        self.updates += 1
+
+        if self.ema:
+            decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
+            weights = [p.detach() for p in self.parameters.values()]
+            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
+        return gathered(norm)
+
+    def finish(self):
+        """The moving average as weights, and no gradients."""
+        self.swap()
+        self.module.zero_grad()
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchange the parameters and their average."""
+        for name, average in self.ema.items():
+            held = self.parameters[name].clone()
+            self.parameters[name].copy_(average)
+            average.copy_(held)
+
+
+class Run:
+    """What surrounds a training loop. This one only watches; training/run.py's logs, saves and resumes."""
+
+    def steps(self, phase, steps, learners, settings):
+        """Yield the step numbers. learners: {name: Learner}, all that changes."""
+        self.phase, began = phase, time.perf_counter()
+        for self.step in range(steps):
+            yield self.step
+        self.seconds = time.perf_counter() - began
+
+    def log(self, **terms):
+        """Scalars, or losses [B], in the order in which a fault would spread. Raises Diverged."""
+        for name, value in terms.items():
+            if not value.isfinite().all():
+                raise Diverged(f"{self.phase} diverged: {name} is not finite at step {self.step}")
+
+    def log_by_t(self, t, **losses):
+        """Losses [B] at the times t [B]."""
+
+
+# ---- What users get wrong, told before a weight moves ------------------------------------------------------
+
+
+def check_networks(**nets):
+    """Raises InputError unless these can be trained."""
+    if not torch.is_grad_enabled():
+        raise InputError("training needs gradients: call it outside of torch.no_grad and inference_mode")
+    for name, net in nets.items():
+        if not isinstance(net, nn.Module) or next(net.parameters(), None) is None:
+            raise InputError(f"{name} is trained: it must be an nn.Module with parameters, not a "
+                             f"{type(net).__name__}; a module's forward may call any function")
 
 
 def check_apart(**nets):
@@ -477,6 +671,54 @@ def check_apart(**nets):
                 raise InputError(f"{' and '.join(names)} share parameters: give each a copy (copy.deepcopy)")
 
 
+def check_scale(name, x0):
+    """Warns unless the standard deviation of x0 [B, ...] is about 1."""
+    deviation = x0.detach().float().std().item()
+    if not 0.2 <= deviation <= 5:
+        warnings.warn(f"{name} has a standard deviation of {deviation:.3g}, and FGM expects about 1: rescale "
+                      "the data", stacklevel=4)
+
+
+def chosen_by(seeds, name, function):
+    """function(seeds). Raises InputError for what is no function, and for an index out of range."""
+    if not callable(function):
+        raise InputError(f"{name} must be a function of int64 seeds [B], not a {type(function).__name__}")
+    try:
+        return function(seeds)
+    except IndexError as error:
+        raise InputError(f"{name}(seeds) raised an IndexError ({error}): seeds are random numbers of "
+                         "any size, so take row seeds % n of n") from error
+
+
+def check_conditions(name, cond, n):
+    """Raises InputError unless cond is a dict, its tensors with n rows."""
+    if not isinstance(cond, dict):
+        raise InputError(f"{name}(seeds) must give conditions as a dict, not a {type(cond).__name__}")
+    for key, value in cond.items():
+        if torch.is_tensor(value) and value.dim() and len(value) != n:
+            raise InputError(f"{name}(seeds) gives {len(value)} rows of {key}: give one for each seed, {n}")
+
+
+def draw_conditions(conditions, seeds):
+    """conditions(seeds), checked: the dict that the networks take beside x and t."""
+    cond = chosen_by(seeds, "conditions", conditions)
+    check_conditions("conditions", cond, len(seeds))
+    return cond
+
+
+def draw_data(data, seeds):
+    """data(seeds), checked: (x0 [B, ...], cond)."""
+    batch = chosen_by(seeds, "data", data)
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        raise InputError("data(seeds) must return (x0, cond): a tensor [B, ...] and a dict, {} for none")
+    x0, cond = batch
+    check_conditions("data", cond, len(seeds))
+    return x0, cond
+
+
+# ---- Processes, precision, random draws --------------------------------------------------------------------
+
+
 def process_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -488,6 +730,19 @@ def world_size():
 def gathered(tensor):
     """The whole of a tensor that may be sharded; a collective call."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def replicated(tensors):
+    """Those that FSDP2 has not sharded."""
+    return [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
+
+
+def precision_of(net, x):
+    """The context of a network's pass: autocast to its weights' dtype, if that is bfloat16 or float16."""
+    weight = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+    if weight is None or weight.dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return torch.autocast(x.device.type, weight.dtype, cache_enabled=False)
 
 
 def wants_bf16(precision, device):
@@ -530,12 +785,13 @@ class Draws:
     each draws the whole and keeps its rows. torch's default generator (dropout) is seeded too."""
 
     def __init__(self, batch, device, *key):
-        device, self.random = torch.device(device), np.random.default_rng(key)
+        self.batch, self.device = batch, torch.device(device)
+        self.random = np.random.default_rng(key)
         self.generator = torch.Generator(device).manual_seed(int(self.random.integers(2**63)))
-        default = torch.cuda if device.type == "cuda" else torch.default_generator
+        default = torch.cuda if self.device.type == "cuda" else torch.default_generator
         default.manual_seed(int(self.random.integers(2**62)) + process_rank())
+
         share = batch // world_size()
-        self.batch, self.device = batch, device
         self.rows = slice(process_rank() * share, (process_rank() + 1) * share)
 
     def normal(self, shape):
@@ -561,149 +817,3 @@ class Draws:
     def seeds(self):
         """A random int64 per sample, on the CPU, that chooses its data or condition: seed % n."""
         return torch.from_numpy(self.random.integers(2**63, size=self.batch))[self.rows]
-
-
-# ---- A network in training, and the run around a loop ------------------------------------------------------
-
-
-def schedule(step, steps, warmup, decay):
-    """Learning-rate factor: up over the first warmup steps, constant, down to 0 over the last share decay."""
-    return min(1.0, (step + 1) / max(warmup, 1), (steps - step) / max(round(decay * steps), 1))
-
-
-class Learner:
-    """A module's trainable parameters with Adam and, given an ema_decay, their moving average (EMA).
-
-    All processes start from the first one's weights, and average their gradients."""
-
-    def __init__(self, module, lr, betas, eps, clip=None, ema_decay=None):
-        self.module, self.lr, self.clip, self.ema_decay = module, lr, clip, ema_decay
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if {p.dtype for p in self.parameters.values()} not in ({torch.float32}, {torch.float64}):
-            raise InputError(f"a network in training, a {type(module).__name__} here, needs trainable "
-                             "parameters, all in float32: bfloat16 weights would not move at such rates")
-        if world_size() > 1:
-            for value in [*module.parameters(), *module.buffers()]:
-                if not hasattr(value, "full_tensor"):  # not sharded
-                    dist.broadcast(value.detach(), 0)
-        self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, eps=eps, fused=True)
-        for p in self.parameters.values():
-            p.grad = torch.zeros_like(p)
-            # Without momentum the first moment is the gradient itself, and needs no memory of its own.
-            first = torch.zeros_like(p) if betas[0] else p.grad
-            zero = torch.zeros((), device=p.device)
-            self.adam.state[p] = {"step": zero, "exp_avg": first, "exp_avg_sq": torch.zeros_like(p)}
-        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if ema_decay else {}
-        self.updates = 0
-
-    def update(self, lr_factor, passes):
-        """One Adam step at lr_factor * lr by the mean gradient of so many backward passes of every process,
-        then the moving average. Returns the gradient's norm before clipping."""
-        for group in self.adam.param_groups:
-            group["lr"] = lr_factor * self.lr
-        gradients = [p.grad for p in self.parameters.values()]
-        if passes > 1:
-            torch._foreach_div_(gradients, passes)
-        replicas = [gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]  # not sharded
-        if world_size() > 1 and replicas:  # one message; FSDP2 has averaged sharded ones
-            whole = torch.cat([gradient.flatten() for gradient in replicas])
-            dist.all_reduce(whole)
-            parts = (whole / world_size()).split([gradient.numel() for gradient in replicas])
-            torch._foreach_copy_(replicas, [part.view_as(g) for part, g in zip(parts, replicas, strict=True)])
-        norm = nn.utils.get_total_norm(gradients)
-        if self.clip:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, norm)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=False)
-        self.updates += 1
-        if self.ema:
-            decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
-            weights = [p.detach() for p in self.parameters.values()]
-            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
-        return gathered(norm)
-
-    def finish(self):
-        """The moving average as weights, and no gradients."""
-        self.swap()
-        self.module.zero_grad()
-
-    @torch.no_grad()
-    def swap(self):
-        """Exchange the parameters and their average."""
-        for name, average in self.ema.items():
-            held = self.parameters[name].clone()
-            self.parameters[name].copy_(average)
-            average.copy_(held)
-
-
-class Run:
-    """What surrounds a training loop. This one only watches; training/run.py's logs, saves and resumes."""
-
-    def steps(self, phase, steps, learners, settings):
-        """Yield the step numbers. learners: {name: Learner}, all that changes."""
-        self.phase, began = phase, time.perf_counter()
-        for self.step in range(steps):
-            yield self.step
-        self.seconds = time.perf_counter() - began
-
-    def log(self, **terms):
-        """Scalars, or losses [B], in the order in which a fault would spread. Raises Diverged."""
-        for name, value in terms.items():
-            if not value.isfinite().all():
-                raise Diverged(f"{self.phase} diverged: {name} is not finite at step {self.step}")
-
-    def log_by_t(self, t, **losses):
-        """Losses [B] at the times t [B]."""
-
-
-# ---- The exact flow of a Gaussian mixture ------------------------------------------------------------------
-
-
-class GaussianMixture:
-    """Data distributed as sum_k weights[k] N(means[k], covs[k]): its marginal velocity (3.2) in closed form.
-
-    weights: [K], normalised here. means: [K, D]; gradients flow through them. covs: [K, D, D], zero (a point
-    mass) allowed. Raises InputError for other shapes, negative weights or weights that sum to zero,
-    covariances that are not symmetric positive semi-definite."""
-
-    def __init__(self, weights, means, covs):
-        weights, means, covs = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, covs))
-        shape = means.shape
-        if means.dim() != 2 or weights.shape != shape[:1] or covs.shape != (*shape, shape[1]):
-            raise InputError("weights, means, covs must have shapes [K], [K, D], [K, D, D]")
-        if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
-            raise InputError(f"weights must be non-negative, with a finite sum > 0, got {weights.tolist()}")
-        self.weights, self.means = weights / weights.sum(), means
-        slack = 1e-6 * covs.abs().amax().clamp(min=1e-12)
-        symmetric = (covs - covs.mT).abs().amax() <= slack < math.inf
-        if symmetric:
-            values, self.axes = torch.linalg.eigh(covs)  # [K, D], [K, D, D]: covs = axes diag(values) axes^T
-        if not symmetric or values.min() < -slack:
-            raise InputError(f"covs must be symmetric positive semi-definite, got {covs.tolist()}")
-        self.variances = values.clamp(min=0)
-
-    def sample(self, n, generator=None):
-        """n samples, [n, D] float32."""
-        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        shape = n, self.means.shape[1]
-        e = torch.randn(shape, dtype=torch.float64, device=self.means.device, generator=generator)
-        scaled = (self.variances[k].sqrt() * e)[..., None]  # [n, D] -> [n, D, 1]
-        return (self.means[k] + (self.axes[k] @ scaled)[..., 0]).float()  # [n, D, D] @ [n, D, 1] -> [n, D]
-
-    def velocity(self, x, t):
-        """E[noise - x0 | x_t = x] (3.2), in float64. x: [B, D], t: [B] in (0, 1]. Returns [B, D], x's dtype.
-
-        In component k, x_t has mean (1 - t) m and variance s = (1 - t)^2 variance + t^2 along each axis. With
-        d the offset along the axes, E[noise | x_t, k] = t d / s, E[x0 | x_t, k] = m + (1 - t) variance d / s.
-        Raises InputError for t outside (0, 1]."""
-        if t.shape != x.shape[:1] or not ((t > 0) & (t <= 1)).all():
-            raise InputError(f"t must have shape [{len(x)}] and lie in (0, 1], got {t.tolist()[:3]}, ...")
-        t = t.double().view(-1, 1, 1)  # [B] -> [B, 1, 1]
-        offset = x.double()[:, None] - (1 - t) * self.means  # [B, K, D]
-        d = torch.einsum("kij,bki->bkj", self.axes, offset)  # [B, K, D], along the axes
-        s = (1 - t) ** 2 * self.variances + t**2  # [B, K, D]
-        log_share = self.weights.log() - 0.5 * (d**2 / s + s.log()).sum(2)  # [B, K]
-        share = torch.softmax(log_share, dim=1)  # [B, K]: p(k | x_t)
-        along = (t - (1 - t) * self.variances) * d / s  # [B, K, D]
-        v = torch.einsum("kij,bkj->bki", self.axes, along) - self.means  # [B, K, D]
-        return (share[..., None] * v).sum(1).to(x.dtype)  # [B, K, D] -> [B, D]

@@ -14,48 +14,18 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 import fgm
-from fgm import InputError
+from points.data import DATA, toy_data
 from points.pictures import draw_frame, draw_panels, frame_steps, write_movie
 from training import flags, sizes
 from training.flags import Setting
 from training.progress import scores
 from training.run import command, fingerprint_of, folder_run, save_weights, setup, shard, write_results
 
-# ---- Data, network, distance -------------------------------------------------------------------------------
-
-DATA = ("8gaussians", "checkerboard", "moons", "spiral", "rings")
-
-
-def toy_data(name, n, seed=0):
-    """n samples of a 2-D data set of about unit variance, [n, 2] float32. Raises InputError for others."""
-    random = np.random.default_rng([seed, n])
-    angle, radius, noise = random.uniform(0, 1, n), random.uniform(0, 1, n), random.normal(size=(n, 2))
-    which = random.integers(24, size=n)
-    if name == "8gaussians":
-        turn, length, spread = which % 8 / 8, 1.5, 0.1
-    elif name == "spiral":
-        length = (1 + 3 * np.sqrt(angle)) / 2
-        turn, length, spread = length, length * 0.9, 0.07
-    elif name == "rings":
-        turn, length, spread = angle, 0.6 * (1 + which % 3), 0.05
-    elif name == "moons":
-        x = np.stack([np.cos(math.pi * angle) - 0.5, np.sin(math.pi * angle) - 0.25], 1)
-        x[which % 2 == 1] *= -1
-        return torch.from_numpy(1.3 * x + 0.07 * noise).float()
-    elif name == "checkerboard":
-        column = which % 4
-        row = 2 * (which // 4 % 2) + column % 2
-        return torch.from_numpy(0.9 * np.stack([column + angle - 2, row + radius - 2], 1)).float()
-    else:
-        raise InputError(f"unknown data set {name!r}; there are {', '.join(DATA)}")
-    x = np.stack([length * np.cos(2 * math.pi * turn), length * np.sin(2 * math.pi * turn)], 1)
-    return torch.from_numpy(x + spread * noise).float()
-
+# ---- Network and distance ----------------------------------------------------------------------------------
 
 class VelocityMLP(nn.Module):
     """A velocity network for vectors of about unit variance: x [B, D], t [B] -> [B, D].

@@ -111,7 +111,6 @@ DISTILLATION_FLAGS = {
                       2, ("MEAN", "STD")),
     "loss_scale": Setting(float, RANGES["loss_scale"], "factor of the generator's loss"),
     "flow_updates": Setting(int, RANGES["flow_updates"], "updates of the online flow per generator update"),
-    "two_graphs": Setting(bool, None, "less memory where --l1-weight is not 1, for one more pass"),
 }
 TEACHER_FLAGS = {
     "teacher_lr": Setting(float, POSITIVE, "learning rate of the teacher"),
@@ -188,8 +187,7 @@ class Parser(argparse.ArgumentParser):
 def training_settings(args):
     """What the flags mean to fgm.train_flow and fgm.distill alike."""
     return dict(batch=args.batch, micro_batch=args.micro_batch, lr_warmup=args.lr_warmup,
-                lr_decay=args.lr_decay, clip=args.clip, seed=args.seed, precision=args.precision,
-                compile=args.compile)
+                lr_decay=args.lr_decay, clip=args.clip, seed=args.seed, precision=args.precision)
 
 
 def teacher_settings(args):
@@ -202,4 +200,4 @@ def distillation_settings(args, steps):
     return training_settings(args) | dict(
         steps=steps, lr=args.lr, flow_lr=args.flow_lr, ema_decay=args.ema, l1_weight=args.l1_weight,
         t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), weight=WEIGHTS[args.weight],
-        loss_scale=args.loss_scale, flow_updates=args.flow_updates, two_graphs=args.two_graphs)
+        loss_scale=args.loss_scale, flow_updates=args.flow_updates)

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 import fgm
 import toy2d
+from points.data import GaussianMixture
 from training import checkpoint, progress, run, sizes
 from training.flags import Setting
 
@@ -575,7 +576,7 @@ def test_train_flow_learns_a_gaussian():
     net = toy2d.VelocityMLP(width=32, depth=2)
     settings = dict(steps=400, batch=256, lr=3e-3, betas=(0.9, 0.999), lr_decay=0.5, ema_decay=0.99)
     net, _ = fgm.train_flow(net, lambda seeds: (data[seeds % len(data)], {}), **settings)
-    mixture = fgm.GaussianMixture([1.0], torch.zeros(1, 2), 0.25 * torch.eye(2)[None])
+    mixture = GaussianMixture([1.0], torch.zeros(1, 2), 0.25 * torch.eye(2)[None])
     t = torch.full((4000,), 0.5)
     x = fgm.interpolate(data[:4000], torch.randn(4000, 2), t)
     exact = mixture.velocity(x, t)

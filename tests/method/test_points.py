@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from toy2d import DATA, energy_distance, toy_data
+from points.data import DATA, toy_data
+from toy2d import energy_distance
 
 
 def test_energy_distance_against_the_definition():

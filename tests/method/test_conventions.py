@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import fgm
+from points.data import GaussianMixture
 
 
 def gaussian(mean, std):
-    return fgm.GaussianMixture([1.0], [[mean, -mean]], std**2 * torch.eye(2)[None]).velocity
+    return GaussianMixture([1.0], [[mean, -mean]], std**2 * torch.eye(2)[None]).velocity
 
 
 def test_path_at_both_ends():
@@ -38,7 +39,7 @@ def column(t, u, target):
 
 def test_generator_starts_near_the_data():
     """At t_star = 1 a point mass at m is hit exactly: v = noise - m (the sign of B.1, not of 5.1)."""
-    v = fgm.GaussianMixture([1.0], [[2.0, -3.0]], torch.zeros(1, 2, 2)).velocity
+    v = GaussianMixture([1.0], [[2.0, -3.0]], torch.zeros(1, 2, 2)).velocity
     x0 = fgm.OneStepGenerator(v, 1.0)(torch.randn(6, 2))
     torch.testing.assert_close(x0, torch.tensor([[2.0, -3.0]]).expand(6, 2))
 
@@ -58,17 +59,17 @@ def test_guidance():
 
     x, t, c = torch.randn(4, 2), torch.rand(4), torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     null = {"c": torch.tensor([[0.5]])}
-    torch.testing.assert_close(fgm.guided(net, 4.0, null)(x, t, c=c), x * (0.5 + 4 * (c - 0.5)))
-    torch.testing.assert_close(fgm.guided(net, 1.0, null)(x, t, c=c), x * c)
+    torch.testing.assert_close(fgm.Guided(net, 4.0, null)(x, t, c=c), x * (0.5 + 4 * (c - 0.5)))
+    torch.testing.assert_close(fgm.Guided(net, 1.0, null)(x, t, c=c), x * c)
     with pytest.raises(ValueError, match="guidance replaces"):
-        fgm.guided(net, 4.0, null)(x, t)
-    with pytest.raises(ValueError, match=r"guidance replaces tensors \['c'\], the call has \[\]"):
-        fgm.guided(net, 4.0, {"c": 0.5})(x, t, c=2.0)  # not a tensor: it would not be replaced
+        fgm.Guided(net, 4.0, null)(x, t)
+    with pytest.raises(ValueError, match=r"guidance replaces the tensors \['c'\], the call lacks \['c'\]"):
+        fgm.Guided(net, 4.0, {"c": 0.5})(x, t, c=2.0)  # not a tensor: it would not be replaced
 
 
 def mixture():
     covs = [[[0.5, 0.2], [0.2, 0.3]], [[0.1, 0.0], [0.0, 0.0]]]
-    target = fgm.GaussianMixture([1.0, 3.0], [[1.0, 0.0], [-1.0, 2.0]], covs)
+    target = GaussianMixture([1.0, 3.0], [[1.0, 0.0], [-1.0, 2.0]], covs)
     return target, torch.tensor(covs, dtype=torch.float64)
 
 
@@ -136,13 +137,13 @@ LEANING = torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])
         (lambda: fgm.OneStepGenerator(torch.nn.Identity(), 1.5), "t_star"),
         (lambda: fgm.sample_ode(gaussian(0, 1), X, 0), "steps"),
         (lambda: fgm.sample_ode(gaussian(0, 1), X, 5, "rk4"), "solver"),
-        (lambda: fgm.GaussianMixture([-1.0, 2.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
-        (lambda: fgm.GaussianMixture([0.0, 0.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
-        (lambda: fgm.GaussianMixture([1.0], torch.zeros(1, 2), -torch.eye(2)[None]), "semi-definite"),
-        (lambda: fgm.GaussianMixture([math.inf], torch.zeros(1, 2), torch.zeros(1, 2, 2)), "weights"),
-        (lambda: fgm.GaussianMixture([1.0], torch.zeros(1, 2), LEANING), "symmetric"),
-        (lambda: fgm.GaussianMixture([1.0], torch.zeros(1, 2), LEANING * math.nan), "symmetric"),
-        (lambda: fgm.GaussianMixture([1.0], torch.zeros(1, 2), torch.zeros(1, 3, 3)), "shapes"),
+        (lambda: GaussianMixture([-1.0, 2.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
+        (lambda: GaussianMixture([0.0, 0.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
+        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), -torch.eye(2)[None]), "semi-definite"),
+        (lambda: GaussianMixture([math.inf], torch.zeros(1, 2), torch.zeros(1, 2, 2)), "weights"),
+        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), LEANING), "symmetric"),
+        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), LEANING * math.nan), "symmetric"),
+        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), torch.zeros(1, 3, 3)), "shapes"),
         (lambda: gaussian(0, 1)(X, 0 * T), r"\(0, 1\]"),
     ],
 )
