@@ -241,8 +241,8 @@ def score(args, name, device, teacher, generator, seconds, out):
         "draw_10000_s": {"50": slow, "one_step": fast},
     }
 
-    draw_panels(out / "samples.png", {
-        "data": test, "teacher, 1 step": by_steps[1], "teacher, 50 steps": by_steps[50], "one step": one_step})
+    panels = {"data": test, "teacher, 1 step": by_steps[1], "teacher, 50 steps": by_steps[50]}
+    draw_panels(out / "samples.png", panels | {"one step": one_step})
     if args.movie:
         write_movie(out / "movie", out / "movie.gif", frame_steps(args.steps))
 
