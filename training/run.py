@@ -234,9 +234,7 @@ class FolderRun(fgm.Run):
 
         self.folder = self.out / "checkpoints"
         first_process(self.take_folder)
-        if not self.folder.is_dir():
-            raise InputError(f"{self.out} is not the same folder for all processes: name an --out on a disk "
-                             "that all machines share")
+        self.check_shared()
 
     def take_folder(self):
         """Lock the folder, and remove what earlier runs left. Raises InputError if another run is at work."""
@@ -261,6 +259,15 @@ class FolderRun(fgm.Run):
             for name in RESULTS:
                 for path in self.out.glob(name):
                     path.unlink()
+
+    def check_shared(self):
+        """Raises InputError on all processes if one of them does not see the first one's folder."""
+        if world_size() > 1:
+            visible = [None] * world_size()
+            dist.all_gather_object(visible, self.folder.is_dir())
+            if not all(visible):
+                raise InputError(f"{self.out} is not the same folder for all processes: name an --out on a "
+                                 "disk that all machines share")
 
     def steps(self, phase, steps, learners, settings):
         """The steps that are left, and what is due after each: picture, log, checkpoint. See fgm.Run."""
@@ -297,10 +304,10 @@ class FolderRun(fgm.Run):
                 if draws and (done == steps or time.perf_counter() > self.curves_drawn + CURVES_EVERY):
                     self.draw_curves()
                 if saves:
-                    spent = time.perf_counter() - began
-                    self.last_good = checkpoint.save(self.folder, phase, done, learners, settings, spent)
+                    seconds = time.perf_counter() - began
+                    self.last_good = checkpoint.save(self.folder, phase, done, learners, settings, seconds)
                     wait_for_first()
-        self.seconds = time.perf_counter() - began if start < steps else seconds
+        self.seconds = seconds
 
     # -- pictures --
 

@@ -1,9 +1,11 @@
-"""The disk fills up at each write of a run in turn: one line, nothing half-written, and the run goes on."""
+"""Files are written whole or not at all, also where the disk fills up at any write of a run."""
 
 import errno
 import json
+import math
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -11,14 +13,55 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fgm
 import toy2d
-from training import run
-
-resource = pytest.importorskip("resource")  # limits the size of files
+from training import files, run
 
 SMALL = ["--device", "cpu", "--batch", "4", "--teacher-steps", "2", "--steps", "2", "--save-every", "1"]
 SMALL += ["--log-every", "1", "--samples", "50"]
 EVERY = "FGM_EVERY_WRITE" in os.environ  # by hand: two minutes
+
+
+def test_json_is_finite_and_holds_names_as_they_are(tmp_path):
+    path = tmp_path / "a.json"
+    name = "汉 é \udce9"  # the last: a byte of a file name that is no UTF-8
+    files.write_json(path, {"a": math.nan, "b": [1.0, math.inf], name: {"d": name}})
+    assert files.read_json(path) == {"a": None, "b": [1.0, None], name: {"d": name}}
+    for content in (b"[]", b"\xff", b'{"a":'):
+        path.write_bytes(content)
+        with pytest.raises(fgm.InputError, match=r"a\.json"):
+            files.read_json(path)
+
+
+def test_weights_are_finite_tied_ones_too_and_readable_as_any_file(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    net[1].weight = net[0].weight
+    path, plain = tmp_path / "net.safetensors", tmp_path / "plain"
+    run.save_weights(net, path)
+    written = load_file(path)
+    assert torch.equal(written["0.weight"], net[0].weight) and torch.equal(written["1.weight"], net[0].weight)
+    plain.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+    net[0].bias.data[0] = math.nan
+    with pytest.raises(fgm.Diverged, match="0.bias"):
+        run.save_weights(net, tmp_path / "other.safetensors")
+    assert sorted(tmp_path.iterdir()) == [path, plain]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    path = tmp_path / "metrics.json"
+    files.write_json(path, {"a": 1})
+    refused = pytest.raises(fgm.InputError, match=r"cannot write .*metrics\.json \(No space left on device\)")
+    with refused, files.atomically(path) as temporary:
+        temporary.write_text("half of")
+        raise OSError(28, "No space left on device")
+    assert files.read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+# ---- A full disk -------------------------------------------------------------------------------------------
+
+resource = pytest.importorskip("resource")  # limits the size of files
 
 
 class Disk:
@@ -32,11 +75,12 @@ class Disk:
     def watch(self, event, arguments):
         if self.folder is None or event not in ("open", "os.mkdir", "os.rename"):
             return
-        path = arguments[event == "os.rename"]
+        path = arguments[1] if event == "os.rename" else arguments[0]
         mode, flags = arguments[1:3] if event == "open" else ("w", 0)
         reads = not set(mode) & set("wax+") if mode else not flags & (os.O_WRONLY | os.O_RDWR)
         if reads or isinstance(path, int) or not Path(os.fsdecode(path)).is_relative_to(self.folder):
             return
+
         self.moments += 1
         if self.moments >= self.full_at and self.no_more == "bytes":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1, self.limits[1]))
@@ -63,8 +107,7 @@ def assert_whole(out, whole):
     """What stands under its final name in out is as an undisturbed run has it."""
     for path in out.rglob("*.*"):
         other = whole / path.relative_to(out)
-        temporary = [part for part in path.relative_to(out).parts if part.startswith((".", "tmp-"))]
-        assert not temporary or path.name == ".lock", path
+        assert not path.name.startswith(".tmp-"), path
         if path.suffix == ".safetensors":
             assert all(torch.equal(value, load_file(other)[name]) for name, value in load_file(path).items())
         elif path.suffix == ".json":
@@ -107,28 +150,3 @@ def test_disk_that_fills_up_at_any_write(tmp_path, monkeypatch, capsys):
     go_on()
     if not EVERY:
         fill("bytes", [resumed - i for i in (8, 1)])
-
-
-def test_a_folder_where_a_file_is_to_be_written_is_noticed_at_the_start(tmp_path, monkeypatch, capsys):
-    (tmp_path / ".lock").mkdir()
-    monkeypatch.setattr(sys, "argv", ["toy2d.py", *SMALL, "--out", str(tmp_path)])
-    assert DISK.run(toy2d.main, tmp_path) == 2
-    line = capsys.readouterr().err
-    assert ".lock" in line and line.count("\n") == 1 and not any(tmp_path.glob("checkpoints/*"))
-
-
-def test_a_folder_that_is_deleted_in_the_middle(tmp_path, monkeypatch, capsys):
-    """One line; the same command starts again."""
-    out, write_log = tmp_path / "out", run.FolderRun.write_log
-
-    def delete(around, step):
-        shutil.rmtree(out)
-        write_log(around, step)
-
-    monkeypatch.setattr(sys, "argv", ["toy2d.py", *SMALL, "--out", str(out)])
-    with monkeypatch.context() as patched:
-        patched.setattr(run.FolderRun, "write_log", delete)
-        assert DISK.run(toy2d.main, out) == 2
-    line = capsys.readouterr().err
-    assert "cannot read or write" in line and line.count("\n") == 1 and not out.exists()
-    assert DISK.run(toy2d.main, out) == 0
