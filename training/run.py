@@ -112,20 +112,17 @@ class Console:
         return getattr(self.stream, name)
 
     def write(self, text):
-        try:
-            self.stream.write(text)
-        except OSError:
-            self.drop()
+        self.attempt(self.stream.write, text)
 
     def flush(self):
-        try:
-            self.stream.flush()
-        except OSError:
-            self.drop()
+        self.attempt(self.stream.flush)
 
-    def drop(self):
-        """Let the stream lead nowhere. What it still holds goes there, too, or it would fail at the exit."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    def attempt(self, action, *arguments):
+        try:
+            action(*arguments)
+        except OSError:
+            # The stream leads nowhere from now on, with what it still holds: that would fail at the exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 # ---- What a run writes -------------------------------------------------------------------------------------

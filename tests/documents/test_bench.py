@@ -63,8 +63,8 @@ def norm(loss, net):
 
 def test_sids_loop_makes_the_gradients_of_its_losses():
     torch.manual_seed(0)
-    teacher, flow = toy2d.VelocityMLP(), toy2d.VelocityMLP()
     generator = fgm.OneStepGenerator(toy2d.VelocityMLP(), 0.97)
+    teacher, flow = toy2d.VelocityMLP(), toy2d.VelocityMLP()
     for net in (teacher, generator, flow):
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.2)

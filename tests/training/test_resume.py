@@ -104,14 +104,6 @@ def test_the_log_by_t_and_its_standard_error_are_those_of_the_steps(tmp_path):
     assert second["bound"] == pytest.approx(3.75 + 9) and "bound_error" not in second
 
 
-def test_a_picture_may_return_numbers_of_numpy_and_torch(tmp_path):
-    run = FolderRun(tmp_path, picture_every=4)
-    run.picture = lambda step, generator: {"score": np.float32(0.5), "other": torch.tensor(step)}
-    distilled(run=run)
-    lines = json_lines(tmp_path / "log.jsonl")
-    assert [(line["score"], line["other"]) for line in lines] == [(0.5, 4), (0.5, 8)]
-
-
 def test_divergence_names_step_and_term_and_keeps_the_checkpoint(tmp_path):
     calls = iter(range(1000))
     teacher, generator, flow = networks()

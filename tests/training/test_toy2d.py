@@ -34,11 +34,12 @@ def test_unknown_data_set_is_named():
 def test_all_data_sets_with_a_movie_in_the_users_folder(tmp_path, monkeypatch):
     """One table with a row each; ~ is expanded."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(toy2d, "DATA", ("moons", "rings"))
     done = drive_here(toy2d, *SMALL, "--data", "all", "--out=~/all", "--movie")
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[-5:]]
-    assert [row[0] for row in rows] == [*toy2d.DATA] and all(len(row) == 9 for row in rows)
-    assert sorted(path.parent.name for path in (tmp_path / "all").glob("*/movie.gif")) == sorted(toy2d.DATA)
+    rows = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["moons", "rings"] and all(len(row) == 9 for row in rows)
+    assert (tmp_path / "all/moons/movie.gif").exists() and (tmp_path / "all/rings/movie.gif").exists()
     assert "training the teacher" in done.stdout and "distilling" in done.stdout
     assert "steps/s" in done.stdout and "images" not in done.stdout
 
