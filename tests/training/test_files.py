@@ -1,5 +1,6 @@
 """Files are written whole or not at all, also where the disk fills up at any write of a run."""
 
+import gc
 import json
 import math
 import os
@@ -91,6 +92,7 @@ class Disk:
         finally:
             self.folder = None
             resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+            gc.collect()  # unlocks the folder
         return 0
 
 
