@@ -126,7 +126,7 @@ FLAGS = {
     "samples": Setting(int, "[2, 1e6]", "samples that each distance is measured on"),
     "movie": Setting(bool, None, "write movie.gif, the generator's samples over training"),
 }
-DEVICE_FLAG = {"device": Setting(str, None, "cpu or cuda, which is no faster: a step is 540 small kernels")}
+DEVICE_FLAG = {"device": Setting(str, None, "cpu or cuda (no faster: a step is 540 small kernels)")}
 TRAINING_SAMPLES = 200_000
 SCORED = 20_000  # samples at most of a score in the log
 ODE_STEPS = (1, 2, 5, 10, 50)

@@ -107,9 +107,9 @@ DISTILLATION_FLAGS = {
     "c_in": Setting(float, RANGES["c_in"], "c_in of the generator, eq. (B.1)"),
     "c_skip": Setting(float, RANGES["c_skip"], "c_skip of the generator, eq. (B.1)"),
     "c_out": Setting(float, RANGES["c_out"], "c_out of the generator, eq. (B.1) (default: t*)"),
-    "t_generator": Setting(float, RANGES["t_generator"], "t of the FGM loss is logit-normal",
+    "t_generator": Setting(float, RANGES["t_generator"], "t of the FGM loss ~ logit-normal(MEAN, STD)",
                            2, ("MEAN", "STD")),
-    "t_flow": Setting(float, RANGES["t_flow"], "t of the flow's loss and of the GAN's is logit-normal",
+    "t_flow": Setting(float, RANGES["t_flow"], "t of the losses of flow and GAN ~ logit-normal(MEAN, STD)",
                       2, ("MEAN", "STD")),
     "lr_warmup": Setting(int, RANGES["lr_warmup"], "steps over which the learning rates rise",
                          metavar="STEPS"),
@@ -121,7 +121,8 @@ DISTILLATION_FLAGS = {
 }
 TEACHER_FLAGS = {
     "teacher_lr": Setting(float, POSITIVE, "learning rate of the teacher"),
-    "teacher_t": Setting(float, LOGIT_NORMAL, "t of the teacher's loss is logit-normal", 2, ("MEAN", "STD")),
+    "teacher_t": Setting(float, LOGIT_NORMAL, "t of the teacher's loss ~ logit-normal(MEAN, STD)",
+                         2, ("MEAN", "STD")),
 }
 
 
