@@ -270,10 +270,10 @@ def check_scores(args, real, device, judge_file, fid_features):
     run.first_process(check)
 
 
+@torch.no_grad()
 def check_teacher(args, teacher, shape, class_counts, device, samples=64, repeats=4):
     """{"teacher_defect": value, "teacher_defect_error": its standard error} of a given teacher, on its own
-    samples, each at several t. A clear defect is warned of: such a network is not the velocity that FGM needs.
-    """
+    samples, each at several t. Warns of a clear defect: FGM needs the velocity of a flow."""
     indices = torch.arange(samples)
     labels = images.labels_of(indices, class_counts)
     noise = run.noise_from(args.seed * 2**32 + indices, shape, device)

@@ -199,8 +199,8 @@ def check_variant(outer, inner):
             if module.state.get(name, values[0]) not in values:
                 differences.append(f"{name} other than {values[-1]:g}")
     if differences:
-        raise InputError(f"its {', '.join(dict.fromkeys(differences))} is not supported; supported is "
-                         "EDMPrecond(SongUNet) as DDPM++ (VP)")
+        raise InputError(f"it has {', '.join(dict.fromkeys(differences))}, which is not supported; "
+                         "EDMPrecond(SongUNet) as DDPM++ (VP) is")
 
 
 def edm_description(shapes, outer):

@@ -5,9 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.metric_fid import calculate_fid
-from torch_fidelity.registry import register_feature_extractor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 import fgm
 from images import data as images
@@ -214,37 +212,21 @@ def test_noise_of_a_draw_is_the_spread_of_draws():
     assert scores.noise_of_draw(real, draws[0][:19]) is None
 
 
-class Means(FeatureExtractorBase):
-    """Two features an image, in place of Inception's 2048."""
-
-    def __init__(self, *arguments, **settings):
-        super().__init__("means", ["2"])
-
-    def forward(self, x):
-        return (torch.stack([x.double().mean((1, 2, 3)), x[:, 0, 0, 0].double()], 1),)
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("2",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "2"
-
-
 def test_fid_is_that_of_torch_fidelity(tmp_path, monkeypatch):
     real, fake = torch.from_numpy(VALUES[:40]).permute(0, 2, 1)[..., None].split(20)  # [20, 3, 64, 1] each
     (tmp_path / "weights").write_bytes(b"no weights")
     with refused("Inception weights .* cannot be used"):
         scores.inception_features(real, tmp_path / "weights", CPU)
 
-    monkeypatch.setattr(scores, "inception", lambda weights, device: Means())
-    distance = scores.frechet_distance(*(scores.inception_features(x, None, CPU) for x in (real, fake)))
-    register_feature_extractor("means", Means)
-    datasets = [torch.utils.data.Subset(x, range(len(x))) for x in (real, fake)]
-    theirs = calculate_fid(input1=datasets[0], input2=datasets[1], feature_extractor="means", cuda=False,
-                           feature_layer_fid="2", save_cpu_ram=True, verbose=False)
-    assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    def means(x):  # two features an image, in place of Inception's 2048
+        return (torch.stack([x.float().mean((1, 2, 3)), x[:, 0, 0, 0].float()], 1),)
+
+    monkeypatch.setattr(scores, "inception", lambda weights, device: means)
+    features = [scores.inception_features(pixels, None, CPU) for pixels in (real, fake)]
+    assert torch.equal(features[0], means(real)[0])
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, features), verbose=False)
+    ours = scores.frechet_distance(*features)
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
 
 
 # ---- Copies ------------------------------------------------------------------------------------------------
