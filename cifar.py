@@ -70,8 +70,8 @@ DATA_FLAGS = {
     "resolution": Setting(int, flags.COUNT, "crop and resize the images of a folder, or shrink cifar10"),
     "cond": Setting(bool, None, "class-conditional networks (table 2 of the paper)"),
     "flip": Setting(argparse.BooleanOptionalAction, None, "horizontal flips when the teacher trains"),
-    "hold_out": Setting(bool, None, "train nothing on a fifth of the images, and report whether samples are "
-                                    "copies of the others"),
+    "hold_out": Setting(bool, None, "train on four fifths of the images, and report copies: whether samples "
+                                    "are nearer to these images than to the others"),
 }
 OUT_FLAGS = {
     "out": Setting(flags.path, None, "output folder (default: runs/DATA, with -cond if conditional)"),
@@ -208,15 +208,15 @@ def draw_from_files(args, device):
         return
 
     target = run.open_folder(out) / f"samples-{kind}"
-    files = [f"{target}.png"]
-    images.save_grid(files[0], pixels[:1000])
+    written = [f"{target}.png"]
+    images.save_grid(written[0], pixels[:1000])
     if args.npz:
-        files.append(f"{target}.npz")
+        written.append(f"{target}.npz")
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # [N, C, R, R] -> [N, R, R, C]
-        with run.atomically(files[1]) as temporary:
+        with run.atomically(written[1]) as temporary:
             np.savez(temporary, images=arrays, labels=labels.numpy(), classes=names)
     of_classes = " of " + ", ".join(names[i] for i in args.classes) if args.classes else ""
-    print(f"{len(pixels)} images{of_classes} in {seconds:.2f} s: {', '.join(files)}")
+    print(f"{len(pixels)} images{of_classes} in {seconds:.2f} s: {', '.join(written)}")
 
 
 # ---- The steps of a run ------------------------------------------------------------------------------------
@@ -311,6 +311,7 @@ def main():
     net, network = initial_network(args, real, len(class_counts))
     shape = image_shape(network)
     run.open_folder(out)
+
     fid_features = None
     if args.fid:
         fid_features = partial(scores.inception_features, weights=args.inception_weights, device=device)
@@ -372,6 +373,7 @@ def main():
         judge = scores.judge_of(real, args.cond, args.flip, device, judge_file)
         scorer = scores.Scores(real, args.cond, judge, args.samples, fid_features, held_out)
     run.wait_for_first()
+
     steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)
     samplers = {number: partial(fgm.sample_ode, teacher, steps=number) for number in steps}
     rows = score(args, scorer, samplers | {"one step": generator}, draw, len(real.classes), out)
