@@ -30,7 +30,7 @@ from images import data as images
 from images import scores
 from images.published import image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from images.unet import Block, EDMUNet, build, keep_features  # noqa: F401
-from training import flags, run
+from training import files, flags, processes, run
 from training.flags import Setting
 from training.gan import GAN
 
@@ -207,13 +207,13 @@ def draw_from_files(args, device):
     if fgm.process_rank() > 0:
         return
 
-    target = run.open_folder(out) / f"samples-{kind}"
+    target = files.open_folder(out) / f"samples-{kind}"
     written = [f"{target}.png"]
     images.save_grid(written[0], pixels[:1000])
     if args.npz:
         written.append(f"{target}.npz")
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # [N, C, R, R] -> [N, R, R, C]
-        with run.atomically(written[1]) as temporary:
+        with files.atomically(written[1]) as temporary:
             np.savez(temporary, images=arrays, labels=labels.numpy(), classes=names)
     of_classes = " of " + ", ".join(names[i] for i in args.classes) if args.classes else ""
     print(f"{len(pixels)} images{of_classes} in {seconds:.2f} s: {', '.join(written)}")
@@ -267,7 +267,7 @@ def check_scores(args, real, device, judge_file, fid_features):
         if fid_features:
             scores.Gaussian(fid_features(real.pixels[:4]))
 
-    run.first_process(check)
+    processes.first_process(check)
 
 
 @torch.no_grad()
@@ -276,7 +276,7 @@ def check_teacher(args, teacher, shape, class_counts, device, samples=64, repeat
     samples, each at several t. Warns of a clear defect: FGM needs the velocity of a flow."""
     indices = torch.arange(samples)
     labels = images.labels_of(indices, class_counts)
-    noise = run.noise_from(args.seed * 2**32 + indices, shape, device)
+    noise = processes.noise_from(args.seed * 2**32 + indices, shape, device)
     x0 = fgm.sample_ode(teacher, noise, 50, **images.condition(labels, len(class_counts), device))
 
     x0 = x0.repeat(repeats, 1, 1, 1)  # [64, C, R, R] -> [256, C, R, R]
@@ -295,7 +295,7 @@ def check_teacher(args, teacher, shape, class_counts, device, samples=64, repeat
 
 def main():
     args = arguments()
-    device = run.setup(args.device)
+    device = processes.setup(args.device)
     if args.sample:
         return draw_from_files(args, device)
     fgm.micro_batches(args.batch, args.micro_batch)
@@ -310,7 +310,7 @@ def main():
     class_counts = real.class_counts() if args.cond else []
     net, network = initial_network(args, real, len(class_counts))
     shape = image_shape(network)
-    run.open_folder(out)
+    files.open_folder(out)
 
     fid_features = None
     if args.fid:
@@ -320,13 +320,13 @@ def main():
     net = net.to(device)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
-        run.shard(module, [block for block in module.modules() if isinstance(block, Block)])
+        processes.shard(module, [block for block in module.modules() if isinstance(block, Block)])
     data, conditions = images.data_functions(real, len(class_counts), args.flip, device)
     gan = None
     if args.gan:
         torch.manual_seed(args.seed)
         gan = GAN(keep_features(flow), data, args.t_flow, args.gan, 5 * args.gan).to(device)
-        run.shard(gan.head)
+        processes.shard(gan.head)
 
     about = {"network": network, "data": args.data, "classes": real.classes, "class_counts": class_counts}
     folder_run = run.folder_run(args, out)
@@ -338,7 +338,9 @@ def main():
 
     # One distillation step now: what would stop it should not do so after the teacher's training.
     fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=copy.deepcopy(gan),
-                **settings | {"steps": 1, "compile": False})
+                **settings | {"steps": 1})
+    if args.compile:
+        compile_networks(teacher, flow, net)
 
     # The teacher, by ReFlow (3.6), or a given one.
     seconds, defect = {"teacher": 0.0}, {}
@@ -372,7 +374,7 @@ def main():
     if fgm.process_rank() == 0:
         judge = scores.judge_of(real, args.cond, args.flip, device, judge_file)
         scorer = scores.Scores(real, args.cond, judge, args.samples, fid_features, held_out)
-    run.wait_for_first()
+    processes.wait_for_first()
 
     steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)
     samplers = {number: partial(fgm.sample_ode, teacher, steps=number) for number in steps}

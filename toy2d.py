@@ -22,7 +22,7 @@ from points.data import DATA, toy_data
 from points.pictures import draw_frame, draw_panels, frame_steps, write_movie
 from training import flags
 from training.flags import Setting
-from training.processes import setup, shard
+from training.processes import compile_networks, setup, shard
 from training.progress import bar, make_scorer
 from training.run import command, fingerprint_of, folder_run, save_weights, with_sum, write_results
 
@@ -144,6 +144,8 @@ def train_and_score(args, name, device, run):
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for network in (teacher, flow, net):
         shard(network)
+    if args.compile:
+        compile_networks(teacher, flow, net)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     data = toy_data(name, TRAINING_SAMPLES, args.seed).to(device)
 

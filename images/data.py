@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
-from training.bars import bar, batches
-from training.run import atomically, first_process, moved, noise_from
+from training.files import atomically
+from training.processes import first_process, noise_from, to_device
+from training.progress import bar, batches
 
 # ---- Pixels and image files --------------------------------------------------------------------------------
 
@@ -291,10 +292,10 @@ def data_functions(images, label_dim, flip, device):
     n = len(pixels)
 
     def conditions(seeds):
-        return condition(labels[moved(seeds, device) % n], label_dim, device)
+        return condition(labels[to_device(seeds, device) % n], label_dim, device)
 
     def data(seeds):
-        cond, seeds = conditions(seeds), moved(seeds, device)
+        cond, seeds = conditions(seeds), to_device(seeds, device)
         x = to_float(pixels[seeds % n])
         if flip:
             flipped = per_sample(seeds // n % 2 == 1, x)

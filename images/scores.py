@@ -16,8 +16,8 @@ from fgm import InputError, process_rank
 from images.data import random_order, save_grid, shrunk, split, to_float
 from images.published import refusals
 from training import progress
-from training.bars import bar, batches
 from training.files import reason, save_tensors
+from training.progress import bar, batches
 
 # ---- Fréchet distances -------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def make_picture(out, real, teacher, draw, samples):
     def measure(sampler):
         return some.distance(Gaussian(coarse_pixels(draw(sampler, samples, False), 8)))
 
-    score = progress.scores(teacher, measure)
+    score = progress.make_scorer(teacher, measure)
 
     def picture(step, generator):
         grid = draw(generator, 100, True)

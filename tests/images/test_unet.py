@@ -9,7 +9,7 @@ from torch import nn
 import fgm
 from images.unet import EDMUNet, EDMVelocity, keep_features
 from training.gan import GAN
-from training.run import noise_from
+from training.processes import noise_from
 
 
 def small_net(seed=0, **arguments):
