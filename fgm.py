@@ -166,8 +166,9 @@ def sid_weight(t, u, c):
 
 
 def noise_weight(t, u, c):
-    """exp(4 t) / 10, a heuristic for points: the mass of each mode is decided at high noise, where modes overlap; at low noise the
-    online flow is poorest just where mass would have to pass, between the modes. t: [B]. Returns [B]."""
+    """exp(4 t) / 10, a heuristic for points. The mass of each mode is decided at high noise, where modes
+    overlap; at low noise the flow is poorest where mass would have to pass, between the modes. t, returned:
+    [B]."""
     return torch.exp(4 * t) / 10
 
 
@@ -207,8 +208,8 @@ def defect(net, x0, t, **cond):
 
     This is the Flow Product Identity (4.7) with f = u. It needs nothing but the teacher: x0 [B, ...] are its
     own samples, or the data that it was trained on; the path's noise is fresh, c = noise - x0. t: a number,
-    or [B]. Far from 0 means that net is no teacher: noise was paired with data (OT-CFM, rectified flow), v has
-    the wrong sign, t runs the other way, or the field is guided. Near 0 at one t proves nothing (t = 0.5
+    or [B]. Far from 0 means that net is no teacher: noise was paired with data (OT-CFM, rectified flow), v
+    has the wrong sign, t runs the other way, or the field is guided. Near 0 at one t proves nothing (t = 0.5
     cannot see a reversed t): take 0.2, 0.5, 0.8 and 0.95. Returns (defect, its standard error)."""
     t = t if torch.is_tensor(t) else constant_t(t, x0)
     noise = torch.randn_like(x0)
@@ -231,7 +232,7 @@ def constant_t(value, x):
 class OneStepGenerator(nn.Module):
     """x0 = c_skip z - c_out net(c_in z, t_star), eq. (B.1): a velocity network as one-step generator.
 
-    c_out None means t_star. With c_in = c_skip and c_out = t_star this is the teacher's E[x0 | x_t] at t_star.
+    c_out None means t_star. With c_in = c_skip and c_out = t_star it is the teacher's E[x0 | x_t] at t_star.
     Eq. (5.1) prints (1 - t*) z + t* v(t* z, t*), which steps away from the data where velocity is
     noise - data, as in (3.6), (B.1) and (C.1), and at t* = 1 is v alone. Raises InputError for t_star outside
     (0, 1]."""
@@ -308,8 +309,8 @@ class Guided(nn.Module):
 
 # ---- Errors from inside a network, in plain words ----------------------------------------------------------
 
-CUT_OFF = ("a network's gradients are cut off: it must have no torch.no_grad or detach inside, and activation "
-           "checkpointing must be that of torch.utils.checkpoint with use_reentrant=False")
+CUT_OFF = ("a network's gradients are cut off: there must be no torch.no_grad or detach inside, and "
+           "activation checkpointing must be that of torch.utils.checkpoint with use_reentrant=False")
 DTYPES = "samples, conditions and weights differ in dtype or device: make all float32, on one device"
 ADVICE = {  # by what torch says from deep inside a pass
     "use_reentrant=True": CUT_OFF, "None of the inputs have requires_grad": CUT_OFF,
