@@ -73,10 +73,13 @@ def check_pipeline(folder, model):
         raise InputError(f"{model} is a {index.get('_class_name')}, not a StableDiffusion3Pipeline")
 
     for name, entry in index.items():
-        # diffusers imports whatever library is named here.
-        if isinstance(entry, list) and entry[:1] not in ([None], ["diffusers"], ["transformers"]):
+        if not isinstance(entry, list) or entry == [None, None]:  # not a component, or left out as T5
+            continue
+        if entry[:1] not in (["diffusers"], ["transformers"]):  # whatever is named here, diffusers imports it
             raise InputError(f"{model}/model_index.json: its {name} is {json.dumps(entry)}, "
                              "not a class of diffusers or transformers")
+        if not (folder / name).is_dir():
+            raise InputError(f"{model} lacks its component {name}")
 
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name")
     if scheduler != "FlowMatchEulerDiscreteScheduler":
@@ -126,10 +129,13 @@ def load_pipeline(folder, networks, device, dtype):
     Raises InputError if it cannot be loaded."""
     from diffusers import StableDiffusion3Pipeline
 
-    left_out = dict.fromkeys({"transformer", "vae", *ENCODERS} - set(networks))
+    absent_t5 = {name for name in ("text_encoder_3", "tokenizer_3") if not (folder / name).is_dir()}
+    components = dict.fromkeys({"transformer", "vae", *ENCODERS} - set(networks) | absent_t5)
+    if "transformer" in networks:
+        components["transformer"] = load_network(folder, "transformer", dtype)
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(
-            folder, **left_out, torch_dtype=dtype, use_safetensors=True).to(device)
+            folder, **components, torch_dtype=dtype, use_safetensors=True).to(device)
     except Exception as error:  # the libraries raise what they like
         raise InputError(f"cannot load the pipeline {folder} ({reason(error)})") from error
     if pipe.transformer is None:  # a pipeline without T5 asks it for the width of a text
