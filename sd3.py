@@ -304,7 +304,7 @@ def teacher_defect(args, source, teacher, embeddings, draw, device, dtype):
     cond = embeddings(torch.arange(n) * len(source.prompts) // n)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
         for t in DEFECT_TIMES:
-            value, error = fgm.defect(teacher.net, x0, torch.full((n,), t, device=device), **cond)
+            value, error = fgm.defect(teacher.net, x0, t, **cond)
             defects.append({"t": t, "value": value, "standard_error": error})
     worst = max(defects, key=lambda defect: abs(defect["value"]))
 

@@ -106,14 +106,13 @@ def judge(images, prompts):
 def copy_scores(images):
     """Whether samples, uint8 [N, 3, 32, 32], are copies of the digits that a miniature was trained on.
 
-    Returns the Fréchet distances to 359 digits that were trained on and to the 359 held out, and the mean
-    distance of a sample to its nearest digit of the former over that to the latter, 1 where nothing is
-    copied. Both parts have the same size, without which neither distance could be compared."""
+    Returns the Fréchet distances to 359 digits that were trained on and to the 359 held out, as many so that
+    they can be compared, and images.scores.copy_ratio, which is 1 where nothing is copied."""
     real, _ = digit_judge()
     drawn = grey_values(to_float(images))
     training_rows, held_out_rows = split_rows()
-    few_of_training = training_rows[random_order(len(training_rows))[: len(held_out_rows)]]
-    training, held_out = real[few_of_training], real[held_out_rows]
+    as_many = training_rows[random_order(len(training_rows))[: len(held_out_rows)]]
     return {
-        "to_training": frechet_distance(training, drawn), "to_held_out": frechet_distance(held_out, drawn),
-        "copy_ratio": copy_ratio(drawn, training, held_out)}
+        "to_training": frechet_distance(real[as_many], drawn),
+        "to_held_out": frechet_distance(real[held_out_rows], drawn),
+        "copy_ratio": copy_ratio(drawn, real[training_rows], real[held_out_rows])}

@@ -180,12 +180,12 @@ def test_judge_reads_real_digits():
 
 
 def test_copies_are_told_from_digits_that_nobody_has_seen():
-    """A fifth is held out, a fixed choice; of the rest a quarter is what samples are compared with."""
+    """A fifth is held out, a fixed choice. A copy is at distance 0 of one of four parts as large as that."""
     whole, training = captioned_digits()[0], digits_to_train_on(hold_out=True)
     assert [len(values) for values in training] == [1438] * 3
     rest = {image.numpy().tobytes() for image in whole} - {image.numpy().tobytes() for image in training[0]}
     held_out = torch.stack([image for image in whole if image.numpy().tobytes() in rest])
     assert len(held_out) == 359
     of_copies, of_unseen = copy_scores(to_uint8(training[0])), copy_scores(to_uint8(held_out))
-    assert of_copies["copy_ratio"] < 0.9 and of_unseen["copy_ratio"] > 10
+    assert 0.7 < of_copies["copy_ratio"] < 0.8 and of_unseen["copy_ratio"] > 10
     assert of_unseen["to_held_out"] < 0.01 < of_unseen["to_training"]

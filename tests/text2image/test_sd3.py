@@ -68,7 +68,7 @@ def test_a_model_that_is_no_flow_is_told_by_its_defect_and_the_run_goes_on(finis
     net = SD3Velocity(load_network(models["3.5-medium"], "transformer", torch.float32))
     cond = {"encoder_hidden_states": torch.randn(64, 4, 64), "pooled_projections": torch.randn(64, 64)}
     x0 = fgm.sample_ode(net, torch.randn(64, 16, 4, 4), 10, **cond)
-    value, _ = fgm.defect(net, x0, torch.full((64,), defect["t"]), **cond)
+    value, _ = fgm.defect(net, x0, defect["t"], **cond)
     assert value == pytest.approx(defect["value"], abs=0.2)
 
 
