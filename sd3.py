@@ -256,7 +256,7 @@ def try_one_step(args, source, device, dtype):
         args, source, text(1), real if args.real else None, device, dtype == torch.bfloat16)
     micro_batch = args.micro_batch or args.batch // fgm.world_size()
     settings = flags.distillation_settings(args, steps=1)
-    settings |= {"batch": micro_batch * fgm.world_size(), "micro_batch": micro_batch, "compile": False}
+    settings |= {"batch": micro_batch * fgm.world_size(), "micro_batch": micro_batch}
     fgm.distill(teacher, generator, flow, source.shape, eps=1e-6, extra=gan,
                 conditions=lambda seeds: text(len(seeds)), **settings)
     list(pipeline.decode(source.folder, torch.randn(1, *source.shape), device, dtype))
@@ -420,6 +420,9 @@ def main():
     draw, defect = make_draw(args, source, embeddings, device, dtype), None
     if args.model != PAPER["model"]:
         defect = teacher_defect(args, source, teacher, embeddings, draw, device, dtype)
+    if args.compile:
+        for net in (teacher, generator.net, flow):
+            net.compile()
     _, distill_seconds = fgm.distill(
         teacher, generator, flow, source.shape, eps=1e-6, extra=gan,
         conditions=lambda seeds: embeddings(seeds % len(source.prompts)),
