@@ -232,15 +232,14 @@ def test_guidance_is_the_models(name, guidance, monkeypatch):
 # ---- The miniature -----------------------------------------------------------------------------------------
 
 def test_an_interrupted_miniature_is_refused_and_the_same_command_makes_it(tmp_path, monkeypatch):
-    """Ctrl-C while it is judged, when everything but its scores is there. With digits held out, of which
-    sd3.py then reports whether samples are copies."""
+    """With digits held out, of which sd3.py then reports whether samples are copies."""
     def stop(*arguments, **settings):
         raise KeyboardInterrupt
 
     out = tmp_path / "tiny"
     command = ["--out", out, "--hold-out", "--vae-steps", 2, "--kimg", 0.032, "--samples", 4]
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_sd3, "judge", stop)
+        patch.setattr(tiny_sd3, "train_vae", stop)
         assert drive_here(tiny_sd3, *command).returncode == 130
     done = drive_here(sd3, "--model", out, "--out", tmp_path / "run", *SMALL)
     assert done.returncode == 2 and f"{out} is an unfinished miniature" in done.stderr
