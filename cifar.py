@@ -340,7 +340,7 @@ def main():
     fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=copy.deepcopy(gan),
                 **settings | {"steps": 1})
     if args.compile:
-        compile_networks(teacher, flow, net)
+        processes.compile_networks(teacher, flow, net)
 
     # The teacher, by ReFlow (3.6), or a given one.
     seconds, defect = {"teacher": 0.0}, {}

@@ -43,7 +43,7 @@ from text2image.pipeline import empty_network, find_model, free_memory
 from text2image.prompts import cached_embeddings, digest_of, find_prompts, read_json_lines, text_of
 from text2image.real import cached_latents, load_real
 from text2image.transformer import largest_rank, networks
-from training import checkpoint, flags, run
+from training import checkpoint, files, flags, processes, run
 from training.files import open_folder
 from training.flags import COUNT, Setting
 from training.gan import GAN
@@ -114,7 +114,7 @@ def defaults(given):
     images, those of the run in OUT, unless another teacher is named."""
     config = Path(given.out) / "config.json"
     if (given.sample or given.geneval) and config.exists():
-        of_run = run.read_json(config).get("settings", {})
+        of_run = files.read_json(config).get("settings", {})
         same_model = Path(given.model).resolve() == Path(of_run.get("model", "")).resolve()
         if same_model or given.model == PAPER["model"]:
             return PAPER | {name: of_run[name] for name in OF_TEACHER if name in of_run}
@@ -231,7 +231,7 @@ def make_networks(args, source, null, real, device, bf16):
         width = source.config["num_attention_heads"] * source.config["attention_head_dim"]
         grid = [side // source.config["patch_size"] for side in source.shape[1:]]
         gan = GAN(width, real, args.t_flow, args.gan_generator, args.gan_discriminator, grid).to(device)
-        run.shard(gan.head)
+        processes.shard(gan.head)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in)
     return fgm.Guided(teacher, args.guidance, null), generator, flow, gan
 
@@ -284,7 +284,7 @@ def make_draw(args, source, embeddings, device, dtype):
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
             for i in torch.arange(n).split(args.micro_batch or n):
                 cond = embeddings(i * len(source.prompts) // n)
-                latents.append(sampler(run.noise_from(i + first, source.shape, device), **cond))
+                latents.append(sampler(processes.noise_from(i + first, source.shape, device), **cond))
         return torch.cat(latents)
 
     return draw
@@ -399,12 +399,12 @@ def report(args, rows, coefficients, defect, seconds, out):
 
 def main():
     args = arguments()
-    device = run.setup(args.device)
+    device = processes.setup(args.device)
     pipeline.quiet()
     bf16 = fgm.wants_bf16(args.precision, device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     if args.sample or args.geneval:
-        return run.first_process(lambda: draw_from_run(args, device, dtype))
+        return processes.first_process(lambda: draw_from_run(args, device, dtype))
 
     # The source pipeline, prompts and real images; prompts and images are encoded once.
     source, out = read_source(args, device), open_folder(args.out)

@@ -28,9 +28,9 @@ from text2image.digits import PROMPTS, SIZE, captions, digits_to_train_on, judge
 from text2image.pipeline import UNFINISHED, draw, quiet, text_embeddings
 from text2image.transformer import SD3Velocity
 from training import flags
-from training.bars import bar, batches
 from training.files import open_folder, write_json
 from training.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
+from training.progress import bar, batches
 from training.run import command
 
 TRANSFORMER = dict(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fgm import InputError
 from images.data import digits, to_float
 from images.scores import Judge, copy_ratio, frechet_distance, random_order
-from training.run import read_json
+from training.files import read_json
 
 SIZE = 32  # pixels
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

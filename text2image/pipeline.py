@@ -15,10 +15,9 @@ import fgm
 from fgm import InputError
 from images.data import save_grid, to_uint8
 from images.scores import frechet_distance
-from training.bars import bar, batches
-from training.files import atomically, open_folder, reason, save_tensors
-from training.progress import make_scorer
-from training.run import noise_from, read_json
+from training.files import atomically, open_folder, read_json, reason, save_tensors
+from training.processes import noise_from
+from training.progress import bar, batches, make_scorer
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 COMPONENTS = ("transformer", "vae", "scheduler", *ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")

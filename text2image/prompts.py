@@ -13,9 +13,9 @@ import torch.distributed as dist
 import fgm
 from fgm import InputError
 from text2image.pipeline import ENCODERS, free_memory, load_pipeline, text_embeddings
-from training.bars import bar
 from training.files import open_folder, save_tensors
-from training.run import first_process, moved
+from training.processes import first_process, to_device
+from training.progress import bar
 
 # ---- Prompts -----------------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class Rows:
             for i in indices.tolist():
                 row = i % ROWS_PER_FILE
                 rows.append(self.files[i // ROWS_PER_FILE].get_slice(name)[row : row + 1])
-            columns[name] = moved(torch.cat(rows), self.device)  # B x [1, ...] -> [B, ...]
+            columns[name] = to_device(torch.cat(rows), self.device)  # B x [1, ...] -> [B, ...]
         return columns
 
 

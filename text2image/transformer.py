@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from text2image.pipeline import load_network
-from training.run import shard
+from training.processes import shard
 
 # ---- SD3's transformer as a velocity network ---------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import fgm
 from text2image import pipeline
 from text2image.digits import PROMPTS
 from text2image.transformer import networks
-from training.run import noise_from
+from training.processes import noise_from
 
 CPU = torch.device("cpu")
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES)

@@ -18,7 +18,7 @@ from text2image.prompts import Rows, cached_embeddings
 from text2image.transformer import networks
 from training.files import save_tensors
 from training.gan import GAN
-from training.run import noise_from
+from training.processes import noise_from
 
 CPU = torch.device("cpu")
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES)
@@ -130,7 +130,7 @@ from text2image.digits import PROMPTS
 from text2image.prompts import cached_embeddings
 from text2image.real import cached_latents
 from text2image.transformer import networks
-from training import run
+from training import processes, run
 from training.gan import GAN
 
 
@@ -156,7 +156,7 @@ def steps_of_weights(model, embeddings, lora_rank, folder):
         return latents(seeds % 5)["latents"], embeddings(seeds % 5)
 
     gan = GAN(32, real, (-1.0, 2.0), 2e-3, 1e-2, (4, 4))
-    run.shard(gan.head)
+    processes.shard(gan.head)
     nets = {"flow": flow, "net": net, "gan": gan}
     before = parameters(nets)
     guided, generator = fgm.Guided(teacher, 4.0, embeddings.null), fgm.OneStepGenerator(net, 0.97, 0.8)
@@ -169,8 +169,8 @@ def steps_of_weights(model, embeddings, lora_rank, folder):
 
 def main():
     model, folder = map(Path, sys.argv[1:])
-    run.GATHERED_WHOLE = 0  # block by block, as a large network
-    run.setup("cpu")
+    processes.GATHERED_WHOLE = 0  # block by block, as a large network
+    processes.setup("cpu")
     embeddings = cached_embeddings(model, PROMPTS, folder / "cache", "cpu", torch.float32)
     steps = {rank: steps_of_weights(model, embeddings, rank, folder) for rank in (0, 4)}
     if fgm.process_rank() == 0:
