@@ -1,25 +1,21 @@
-"""What a distillation step costs: against its bare network passes, the former step, SiD's loop; its memory;
-logging.
+"""What a distillation step costs: against its bare network passes, and against SiD's loop; and what logging,
+checkpoints and pictures cost.
 
-    python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the peak rate
-    python bench.py --compile --only step memory --json bench.json     # with rows for torch.compile
+    python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the peak memory
+    python bench.py --compile --only step --json bench.json     # also with torch.compile
 
-Every row is a ratio of two things measured in the same run, in turns: median and range of the repeats.
+Every row is a ratio of two things, measured in turns in the same run: median and range of the repeats.
 """
 
-import ctypes
 import itertools
-import json
 import statistics
 import tempfile
 import time
 from collections import namedtuple
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cifar
@@ -29,28 +25,32 @@ import toy2d
 from images import data as images
 from images import scores
 from images import unet as edm
-from images.memory import free_bytes, kept_per_image, largest_micro_batch
-from text2image import transformer as mmdit
+from text2image import transformer as sd3_transformer
 from text2image.pipeline import quiet
-from training import loops
-from training.flags import COUNT, Parser, Setting, add_flags
-from training.run import FolderRun, command, open_folder, setup, write_json
+from training import flags
+from training.files import open_folder, write_json
+from training.flags import Setting
+from training.processes import setup
+from training.run import FolderRun, command
 
 # ---- The subjects: what fgm.distill takes, new in every call -----------------------------------------------
 
+
+# Three networks, the shape of a sample, the batch, and conditions(seeds) -> cond.
 Subject = namedtuple("Subject", "teacher flow net shape batch conditions")
 
 
 def toy(device, batch=4096):
-    nets = [toy2d.VelocityMLP().to(device) for _ in range(3)]
-    return Subject(*nets, (2,), batch, lambda seeds: {})
+    networks = [toy2d.VelocityMLP().to(device) for _ in range(3)]
+    return Subject(*networks, (2,), batch, lambda seeds: {})
 
 
 def unet(device, batch, size, channels, **network):
     network |= dict(img_resolution=size, in_channels=channels, out_channels=channels, label_dim=10)
-    nets = [edm.build(network).to(device).eval() for _ in range(3)]
+    networks = [edm.build(network).to(device).eval() for _ in range(3)]
     labels = torch.eye(10, device=device)
-    return Subject(*nets, (channels, size, size), batch, lambda seeds: {"class_labels": labels[seeds % 10]})
+    return Subject(
+        *networks, (channels, size, size), batch, lambda seeds: {"class_labels": labels[seeds % 10]})
 
 
 def digits(device, batch=128):
@@ -59,10 +59,8 @@ def digits(device, batch=128):
 
 
 def cifar10(device):
-    subject = unet(device, 256 if device.type == "cuda" else 16, 32, 3)
-    weights = 4 * sum(p.numel() for p in subject.net.parameters())
-    needs = weights, kept_per_image(subject.net, subject.shape, 10, bf16=False), False
-    return subject._replace(batch=largest_micro_batch(subject.batch, free_bytes(device), *needs, graphs=3))
+    batch = 256 if device.type == "cuda" else 16
+    return unet(device, batch, 32, 3)
 
 
 def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, config=tiny_sd3.TRANSFORMER):
@@ -71,15 +69,16 @@ def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, con
     lora_rank 0: three networks. checkpointing None: on a GPU."""
     from diffusers import SD3Transformer2DModel
 
-    checkpointing = device.type == "cuda" if checkpointing is None else checkpointing
+    if checkpointing is None:
+        checkpointing = device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         SD3Transformer2DModel(**config).save_pretrained(f"{folder}/transformer")
-        teacher, flow, net = mmdit.networks(Path(folder), lora_rank, checkpointing, bf16, device)
-    tokens, pooled = (272, config["joint_attention_dim"]), (config["pooled_projection_dim"],)
+        teacher, flow, net = sd3_transformer.networks(Path(folder), lora_rank, checkpointing, bf16, device)
 
     def text(n):
-        embeds, summary = (torch.randn(n, *shape, device=device) for shape in (tokens, pooled))
-        return {"encoder_hidden_states": embeds, "pooled_projections": summary}
+        embeds = torch.randn(n, 272, config["joint_attention_dim"], device=device)
+        pooled = torch.randn(n, config["pooled_projection_dim"], device=device)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     guided = fgm.Guided(teacher, 4.0, text(1))
     return Subject(guided, flow, net, (16, 4, 4), batch, lambda seeds: text(len(seeds)))
@@ -92,19 +91,66 @@ SUBJECTS = {
     "miniature SD3, three networks, batch 48": miniature,
     "miniature SD3, LoRA 16, batch 48": partial(miniature, lora_rank=16),
 }
+FULL_SIZE = {"EDM U-Net, CIFAR-10 size": cifar10}
 
-# ---- Time and memory ---------------------------------------------------------------------------------------
+# ---- What a step is measured against -----------------------------------------------------------------------
 
+
+def bare_passes(subject, precision="fp32"):
+    """A function that makes the passes of one step and nothing else: generator and flow forward and backward,
+    and the teacher forward and back to its input."""
+    device = next(subject.net.parameters()).device
+    bf16 = fgm.bf16_passes(precision, device)
+    x = torch.randn(subject.batch, *subject.shape, device=device)
+    gradient = torch.randn_like(x)
+    t = torch.rand(subject.batch, device=device)
+    cond = subject.conditions(torch.arange(subject.batch))
+
+    def passes():
+        leaf = x.clone().requires_grad_()
+        with bf16:
+            x0 = subject.net(x, t, **cond)
+        with fgm.frozen(subject.teacher):
+            for field in (subject.flow, subject.teacher):
+                with bf16:
+                    v = field(leaf, t, **cond)
+                v.backward(gradient.to(v.dtype))
+                del v
+        x0.backward(gradient.to(x0.dtype))
+        subject.flow.zero_grad()
+        subject.net.zero_grad()
+
+    return passes
+
+
+def sid_step(teacher, generator, flow, learners, draw, bf16):
+    """A step of SiD's published loop (arXiv 2404.04057) on L1 + L2 with its weight, as it is described: two
+    phases, each with samples and noise of its own.
+
+    draw(phase) -> (z, noise, t, cond), fresh in each phase. learners: of flow and generator. Returns losses
+    [B] and norms of gradients by name, as fgm.distill logs them."""
+    z, noise, t, cond = draw(0)
+    with bf16:
+        with torch.no_grad():
+            x0 = generator(z, **cond)
+        flow_loss = fgm.reflow_loss(flow, x0, noise, t, **cond)
+    flow_loss.mean().backward()
+    flow_norm = learners[0].update(1.0, 1)
+
+    z, noise, t, cond = draw(1)
+    with fgm.frozen(teacher, flow):
+        with bf16:
+            x0 = generator(z, **cond)
+            l1, l2 = fgm.fgm_losses(teacher, flow, x0, noise, t, weight=fgm.sid_weight, **cond)
+        (l1 + l2).mean().backward()
+    norm = learners[1].update(1.0, 1)
+    return {"flow_loss": flow_loss, "l1": l1, "l2": l2, "flow_gradient": flow_norm, "gradient": norm}
+
+
+# ---- Times -------------------------------------------------------------------------------------------------
 
 TURN = 0.5  # seconds that one side of a ratio takes at least, before it is the other's turn
-
-
-def keep_memory():
-    """Tell glibc to keep freed memory: faulting it in again costs one side of a ratio a sixth of a pass."""
-    with suppress(OSError, AttributeError):  # another C library has other habits
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
+RATE = 1e-6  # of learning: the networks must hardly change
 
 
 def now():
@@ -119,23 +165,36 @@ def intervals(marks):
 
 
 def step_times(subject, steps, **settings):
-    """Seconds of fgm.distill's steps but the first and last, told apart by its calls for conditions."""
-    teacher, flow, net, shape, batch, conditions = subject
+    """Seconds of each of fgm.distill's steps. A step begins when it asks for its conditions."""
     marks = []
 
-    def timed(seeds):
+    def timed_conditions(seeds):
         marks.append(now())
-        return conditions(seeds)
+        return subject.conditions(seeds)
 
-    settings = dict(steps=steps + 2, batch=batch, conditions=timed, lr=1e-6, precision="fp32") | settings
-    fgm.distill(teacher, fgm.OneStepGenerator(net, 0.97), flow, shape, **settings)
+    settings = dict(batch=subject.batch, lr=RATE, precision="fp32") | settings
+    generator = fgm.OneStepGenerator(subject.net, 0.97)
+    fgm.distill(subject.teacher, generator, subject.flow, subject.shape, steps=steps + 2,
+                conditions=timed_conditions, **settings)
     return intervals(marks)
 
 
-def loop_times(step, subject, steps, precision="fp32"):
-    """Seconds of steps of a loop of training/loops.py but the first and last."""
-    marks = []
-    loops.train(step, *subject, steps + 2, precision, lambda: marks.append(now()))
+def sid_times(subject, steps, precision="fp32"):
+    """Seconds of each of SiD's steps, with fgm.distill's draws, optimisers, average and checks of losses."""
+    device, generator = next(subject.net.parameters()).device, fgm.OneStepGenerator(subject.net, 0.97)
+    bf16 = fgm.bf16_passes(precision, device)
+    learners = [fgm.Learner(subject.flow, RATE, (0.0, 0.999), 1e-8),
+                fgm.Learner(generator, RATE, (0.0, 0.999), 1e-8, ema_decay=0.999)]
+    run, marks = fgm.Run(), []
+
+    def draw(phase):
+        draws = fgm.Draws(subject.batch, device, run.step, phase)
+        z, noise, t, seeds = draws.for_update(subject.shape, 0.0, 2.0)
+        return z, noise, t, subject.conditions(seeds)
+
+    for _ in run.steps("distill", steps + 2, {}, {}):
+        marks.append(now())
+        run.log(**sid_step(subject.teacher, generator, subject.flow, learners, draw, bf16))
     return intervals(marks)
 
 
@@ -153,126 +212,122 @@ def spread(values):
 
 
 def ratio(first, second, repeats):
-    """Seconds of first() / seconds of second(), medians of the times that each returns, in turns, after one
-    turn that is not counted."""
-    pairs = [(statistics.median(first()), statistics.median(second())) for _ in range(repeats + 1)][1:]
+    """Seconds of first() over seconds of second(), medians of the times that each returns, in turns.
+
+    One turn more than repeats is made, the first, which is not counted."""
+    pairs = []
+    for _ in range(repeats + 1):
+        pairs.append((statistics.median(first()), statistics.median(second())))
+    pairs = pairs[1:]
+
     first_s, second_s = (statistics.median(side) for side in zip(*pairs, strict=True))
     return spread([a / b for a, b in pairs]) | {"first_s": first_s, "second_s": second_s}
 
 
-def peak_bytes(work, device):
-    """The most memory that work() occupies at a time: the GPU's count, on a CPU what the profiler sees."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
-        profiled.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    return max(itertools.accumulate(change for _, change in changes))
-
-
 # ---- The rows: generators of (name, {"median", "least", "most", ...}) --------------------------------------
 
+
 def step_rows(device, args):
-    subjects = SUBJECTS
-    if device.type == "cuda" or args.full:
-        subjects = subjects | {"EDM U-Net, CIFAR-10 size": cifar10}
+    on_gpu = device.type == "cuda"
+    subjects = SUBJECTS | FULL_SIZE if on_gpu or args.full else SUBJECTS
     precisions = ["fp32", "bf16"] if fgm.wants_bf16("auto", device) else ["fp32"]
-    compiled = (False, True) if args.compile else (False,)
+    compiled = [False, True] if args.compile else [False]
+
     for name, precision, compile in itertools.product(subjects, precisions, compiled):
         torch.manual_seed(0)
         subject = subjects[name](device)
-        batch = "" if "batch" in name else f", batch {subject.batch}"  # what fits
-        what = f"{name}{batch}, {precision}" + ", compiled" * compile
-        passes = loops.bare_passes(*subject, precision)
+        title = f"{name}, {precision}"
+        passes = bare_passes(subject, precision)
         with FlopCounterMode(display=False) as counter:  # it cannot count torch.autograd.grad
             passes()
-        torch._functorch.config.donated_buffer = False  # of a compiled graph that is differentiated twice
-        for net in subject[:3] if compile else ():
-            net.compile()
+        if compile:
+            title += ", compiled"
+            torch._functorch.config.donated_buffer = False  # a graph is differentiated twice
+            for network in (subject.teacher, subject.flow, subject.net):
+                network.compile()
+
         number = max(3, round(TURN / statistics.median(pass_times(passes, 3))))
         step = partial(step_times, subject, number, precision=precision)
-        found = ratio(step, partial(pass_times, passes, number), args.repeats)
-        tflops = counter.get_total_flops() / 1e12 / found["first_s"]
-        found |= {"images_per_s": subject.batch / found["first_s"], "tflops": tflops}
-        yield f"step / bare passes: {what}", found
-        former = partial(loop_times, loops.former_step, subject, number, precision)
-        yield f"former step / step: {what}", ratio(former, step, args.repeats)
-        sid = partial(loop_times, loops.sid_step, subject, number, precision)
+        row = ratio(step, partial(pass_times, passes, number), args.repeats)
+        row["images_per_s"] = subject.batch / row["first_s"]
+        row["tflops"] = counter.get_total_flops() / 1e12 / row["first_s"]
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        yield f"step / bare passes: {title}", row
+
         weighted = partial(step, weight=fgm.sid_weight)
-        yield f"SiD's loop / step: {what}", ratio(sid, weighted, args.repeats)
-
-
-def memory_rows(device, args):
-    """Of a step at l1_weight 1, gradients and optimisers included, networks not."""
-    precision = "bf16" if fgm.wants_bf16("auto", device) else "fp32"
-    full = device.type == "cuda" or args.full
-    name, subject = ("CIFAR-10 size", cifar10(device)) if full else ("digits", digits(device))
-    peak = peak_bytes(partial(step_times, subject, 1, precision=precision), device)
-    former = peak_bytes(partial(loop_times, loops.former_step, subject, 1, precision), device)
-    found = spread([peak / former]) | {"peak_bytes": peak, "former_bytes": former}
-    yield f"peak memory, step / former step: EDM U-Net, {name}, batch {subject.batch}", found
+        sid = partial(sid_times, subject, number, precision)
+        yield f"SiD's loop / step: {title}", ratio(sid, weighted, args.repeats)
 
 
 def running_rows(device, args):
     """Extra time of steps that log, save or draw, over cifar.py's default intervals, as a share of all."""
-    subject, share, never = digits(device), {"logging": [], "checkpoints": [], "pictures": []}, 10**9
-    settings = {"log_every": 3}, {"save_every": 3}, {"picture_every": 3}
+    subject, never = digits(device), 10**9
+    pixels = images.load_images("digits").pixels
+
+    def draw(sampler, n, in_turn):
+        return images.draw_images(sampler, n, subject.shape, [1] * 10, device)[0]
+
+    shares = {"log_every": [], "save_every": [], "picture_every": []}
     for _ in range(args.repeats):
-        for what, special in zip(share, settings, strict=True):
+        for name, values in shares.items():
             with tempfile.TemporaryDirectory() as folder:
-                run = FolderRun(folder, **{"save_every": never, "log_every": never} | special)
-                if what == "pictures":
-                    run.picture = scores.pictures(
-                        run.out, images.load_images("digits").pixels, subject.teacher,
-                        lambda net, n, _: images.draw_images(net, n, subject.shape, [1] * 10, device)[0], 500)
+                settings = {"save_every": never, "log_every": never} | {name: 3}
+                run = FolderRun(folder, **settings)
+                if name == "picture_every":
+                    run.picture = scores.make_picture(run.out, pixels, subject.teacher, draw, 500)
                 times = step_times(subject, 9, run=run)
+
             usual = statistics.median(times[0::3] + times[2::3])
             extra = statistics.median(times[1::3]) - usual
-            share[what].append(extra / usual / cifar.PAPER[next(iter(special))])
-    found = spread([sum(shares) for shares in zip(*share.values(), strict=True)])
-    yield "logging + checkpoints + pictures / run time: digits", found | share
+            values.append(extra / usual / cifar.PAPER[name])
+    row = spread([sum(parts) for parts in zip(*shares.values(), strict=True)])
+    yield "logging + checkpoints + pictures / run time: digits", row | shares
 
 
-PARTS = dict(step=step_rows, memory=memory_rows, running=running_rows)
+PARTS = {"step": step_rows, "running": running_rows}
 FLAGS = {
-    "only": Setting(str, list(PARTS), "these parts alone", "+"),
-    "repeats": Setting(int, COUNT, "of each ratio"),
-    "compile": Setting(bool, None, "also with torch.compile"),
-    "full": Setting(bool, None, "also the EDM U-Net at CIFAR-10 size on a CPU"),
+    "only": Setting(str, list(PARTS), "measure these parts alone", "+"),
+    "repeats": Setting(int, flags.COUNT, "repeats of each ratio"),
+    "compile": Setting(bool, None, "measure also with torch.compile"),
+    "full": Setting(bool, None, "measure the EDM U-Net at CIFAR-10 size on a CPU, too"),
     "device": Setting(str, None, "cpu or cuda (default: cuda if there is one)"),
-    "json": Setting(str, None, "write the table there too", metavar="FILE"),
+    "json": Setting(flags.path, None, "write the table to this file, too", metavar="FILE"),
 }
 
 
 def main():
-    parser = Parser(prog="bench.py", description="Measure what the project's code costs.")
-    add_flags(parser.add_argument, FLAGS)
+    parser = flags.Parser(prog="bench.py", description="Measure what the project's code costs.")
+    flags.add_flags(parser.add_argument, FLAGS)
     args = parser.parse_with(lambda given: {"only": list(PARTS), "repeats": 5})
-    device, rows = setup(args.device), {}
+    device = setup(args.device)
     if args.json:
         open_folder(Path(args.json).parent)  # raises now, not when all is measured
-    keep_memory()
     quiet()
-    threads = torch.get_num_threads()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads"
-    print(f"{name}, torch {torch.__version__}, {args.repeats} repeats")
+
+    hardware = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    print(f"{hardware}, torch {torch.__version__}, {args.repeats} repeats")
     print(f"{'':72}{'median':>9}{'range':>18}{'seconds':>22}")
+
+    rows = {}
     for part in args.only:
-        for row, found in PARTS[part](device, args):
-            rows[row] = found
-            seconds = f"{found['first_s']:.4f} / {found['second_s']:.4f}" if "first_s" in found else ""
-            line = f"{row:72}{found['median']:9.3f}{found['least']:9.3f} -{found['most']:7.3f}{seconds:>22}"
-            rate = f"  {found['tflops']:.3g} TFLOP/s" if "tflops" in found else ""
-            print(line + rate, flush=True)
+        for name, row in PARTS[part](device, args):
+            rows[name] = row
+            line = f"{name:72}{row['median']:9.3f}{row['least']:9.3f} -{row['most']:7.3f}"
+            if "first_s" in row:
+                seconds = f"{row['first_s']:.4f} / {row['second_s']:.4f}"
+                line += f"{seconds:>22}"
+            if "tflops" in row:
+                line += f"  {row['tflops']:.3g} TFLOP/s"
+            if "peak_gb" in row:
+                line += f"  {row['peak_gb']:.1f} GB"
+            print(line)
     if args.json:
-        write_json(args.json, {"device": name, "torch": torch.__version__, "rows": rows})
+        write_json(args.json, {"device": hardware, "torch": torch.__version__, "rows": rows})
 
 
 if __name__ == "__main__":

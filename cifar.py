@@ -7,14 +7,16 @@
     torchrun --nproc-per-node 8 cifar.py --cond      # the same run, sharded over 8 GPUs
     python cifar.py --sample 64 --out runs/digits-cond                   # draw from a finished run
 
-One run does what is missing and keeps what is there: teacher, distillation, samples, scores, pictures; run
-again, it resumes. Network: images/unet.py; data: images/data.py; scores: images/scores.py; method: fgm.py.
+A run trains a teacher, distils it, draws samples, scores them and writes pictures. The same command, called
+again, goes on where it stopped. Network: images/unet.py; files of networks: images/published.py; data:
+images/data.py; scores: images/scores.py; method: fgm.py.
 """
 
 import argparse
 import copy
 import json
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -25,18 +27,18 @@ import torch
 import fgm
 from fgm import InputError
 from images import data as images
-from images import memory, scores
-from images import unet as edm
-from images.unet import EDMUNet, build, image_shape, load_edm, load_network, load_teacher  # noqa: F401
-from training import flags, run, sizes
+from images import scores
+from images.published import image_shape, load_edm, load_network, load_teacher  # noqa: F401
+from images.unet import Block, EDMUNet, build, keep_features  # noqa: F401
+from training import files, flags, processes, run
 from training.flags import Setting
 from training.gan import GAN
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
 # The paper's settings (section 5.1, appendix B.1) and EDM's network, for CIFAR-10 and other images of that
-# size; ours are the warm-up, the teacher's t and beta1 of 0.9, and the start, whose t* is not in section 5.1:
-# t_star = c_in = c_skip = c_out = 2.5 / 3.5 is SiD's (arXiv 2404.04057), the best of four on digits.
+# size. The paper does not state the warm-up, the teacher's t and beta1 (0.9 here), nor the start. Ours is
+# SiD's (arXiv 2404.04057), the best of four on digits: t_star = c_in = c_skip = c_out = 2.5 / 3.5.
 PAPER = dict(
     model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attention=[16], dropout=0.13, flip=True,
     teacher_kimg=20_000, teacher_lr=2e-5, teacher_ema=0.999, teacher_t=(0.0, 2.0), kimg=20_000, batch=512,
@@ -52,7 +54,8 @@ DIGITS = PAPER | dict(
     l1_weight=1.0, weight="sid", samples=10_000,
 )
 DIGITS_UNCONDITIONAL = DIGITS | dict(kimg=288)
-# For photographs: about 45 minutes on 2 CPU cores, on a GPU ten, in large steps, not to wait for launches.
+# For photographs: about 45 minutes on 2 CPU cores. On a GPU the steps are larger, so that none waits for
+# kernel launches.
 QUICK = PAPER | dict(
     resolution=16, model_channels=32, channel_mult=[1, 2, 2], num_blocks=1, attention=[8], dropout=0.0,
     teacher_kimg=280, teacher_lr=2e-3, teacher_ema=0.998, kimg=200, batch=128, lr=2e-4, flow_lr=4e-4,
@@ -63,19 +66,21 @@ QUICK_ON_GPU = QUICK | dict(
 )
 
 DATA_FLAGS = {
-    "data": Setting(str, None, "cifar10, digits, or a folder with one sub-folder per class"),
+    "data": Setting(flags.path, None, "cifar10, digits, or a folder with one sub-folder per class"),
     "resolution": Setting(int, flags.COUNT, "crop and resize the images of a folder, or shrink cifar10"),
     "cond": Setting(bool, None, "class-conditional networks (table 2 of the paper)"),
     "flip": Setting(argparse.BooleanOptionalAction, None, "horizontal flips when the teacher trains"),
+    "hold_out": Setting(bool, None, "train on four fifths of the images, and report copies: whether samples "
+                                    "are nearer to these images than to the others"),
 }
 OUT_FLAGS = {
-    "out": Setting(str, None, "output folder (default: runs/DATA, with -cond if conditional)"),
+    "out": Setting(flags.path, None, "output folder (default: runs/DATA, with -cond if conditional)"),
     "paper": Setting(bool, None, "the paper's settings on any data"),
     "quick": Setting(bool, None, "a small network, trained briefly, for photographs: 16x16 on a "
                                  "CPU, 32x32 on a GPU"),
 }
 TEACHER_FLAGS = {
-    "teacher": Setting(str, None, "a network file of ours, or a published EDM pickle, to distil"),
+    "teacher": Setting(flags.path, None, "a network file of ours, or a published EDM pickle, to distil"),
     "model_channels": Setting(int, "[4, 1e5]", "width of the first level"),
     "channel_mult": Setting(int, "[1, 1000]", "widths of the levels as multiples of that", "+"),
     "num_blocks": Setting(int, "[1, 1000]", "residual blocks per level"),
@@ -96,11 +101,11 @@ SCORE_FLAGS = {
     "samples": Setting(int, "[2, 1e9]", "images that each score is measured on"),
     "fid": Setting(bool, None, "Inception FID by torch-fidelity against the training images; "
                                "under 50,000 samples it is labelled fid-5k, ..."),
-    "inception_weights": Setting(str, None, "for --fid without a download", metavar="FILE"),
+    "inception_weights": Setting(flags.path, None, "for --fid without a download", metavar="FILE"),
 }
 SAMPLE_FLAGS = {
     "sample": Setting(int, flags.COUNT, "draw N images from the run in OUT or --generator FILE", metavar="N"),
-    "generator": Setting(str, None, "a generator.safetensors, all that sampling needs", metavar="FILE"),
+    "generator": Setting(flags.path, None, "a generator.safetensors to draw from", metavar="FILE"),
     "ode_steps": Setting(int, flags.COUNT, "draw from the teacher with K Euler steps instead", metavar="K"),
     "classes": Setting(int, "[0, 1e9]", "draw these in turn, not each as often as in the data", "+"),
     "npz": Setting(bool, None, "also write the images as a uint8 array"),
@@ -134,22 +139,31 @@ def arguments():
     }
     for title, settings in groups.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
-    always = {name: ["sample"] for name in SAMPLE_FLAGS if name != "sample"} | {"inception_weights": ["fid"]}
-    meaningful = [*SAMPLE_FLAGS, "out", "data", "cond", "teacher", "seed", "device"]
-    args = parser.parse_with(
-        defaults, lambda args: always | ({"teacher": ["ode_steps"]} if args.sample else {}),
-        {"sample": meaningful, "generator": {*meaningful} - {"data", "cond", "ode_steps"},
-         "teacher": {action.dest for action in parser._actions} - TEACHER_FLAGS.keys()})
+    needs = {"generator": ["sample"], "ode_steps": ["sample"], "classes": ["sample"], "npz": ["sample"],
+             "inception_weights": ["fid"]}
+    args = parser.parse_with(defaults, lambda args: needs)
     if args.quick and args.paper:
         parser.error("--quick and --paper contradict each other: give one of them")
     if args.quick and args.data == "digits":
         parser.error("--quick is for photographs: --data digits is quick as it is")
+    if args.generator and args.ode_steps:
+        parser.error("--ode-steps draws from a teacher and --generator names a one-step generator: give one")
     return args
 
 
 def out_folder(args):
-    beside = Path(args.generator).parent if args.generator else None
-    return Path(args.out or beside or Path("runs") / (Path(args.data).name + "-cond" * args.cond))
+    """The output folder. Raises InputError if it lies inside the data folder, where it would be read as data.
+    """
+    data = Path(args.data).resolve()
+    if args.out:
+        out = Path(args.out)
+    elif args.generator:
+        out = Path(args.generator).parent
+    else:
+        out = Path("runs") / (f"{data.name}-cond" if args.cond else data.name)
+    if args.data not in ("cifar10", "digits") and out.resolve().is_relative_to(data):
+        raise InputError(f"the output folder {out} lies in the data folder {args.data}: name another --out")
+    return out
 
 
 # ---- Drawing samples from a finished run -------------------------------------------------------------------
@@ -167,44 +181,61 @@ def draw_from_files(args, device):
         path = Path(args.generator or out / "generator.safetensors")
     if not path.exists():
         raise InputError(f"{path} does not exist: the run has not finished, or --out names another folder")
-    net, description = load_network(path)
-    if ("generator" in description) == bool(args.ode_steps):
-        raise InputError(f"{path} is a one-step generator, no teacher" if args.ode_steps else
-                         f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
-    names = description["classes"] if description["network"]["label_dim"] else []
-    if args.classes and max(args.classes) >= len(names):
-        raise InputError(f"--classes must lie in 0..{len(names) - 1}" if names
-                         else "--classes needs a conditional network")
+
+    net, about = load_network(path)
     net = net.to(device)
     if args.ode_steps:
+        if "generator" in about:
+            raise InputError(f"{path} is a one-step generator, no teacher")
         kind, sampler = f"{args.ode_steps}-steps", partial(fgm.sample_ode, net, steps=args.ode_steps)
     else:
-        kind, sampler = "one-step", fgm.OneStepGenerator(net, **description["generator"])
+        if "generator" not in about:
+            raise InputError(f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
+        kind, sampler = "one-step", fgm.OneStepGenerator(net, **about["generator"])
+
+    names = about["classes"] if about["network"]["label_dim"] else []
+    if args.classes and not names:
+        raise InputError("--classes needs a conditional network")
+    if args.classes and max(args.classes) >= len(names):
+        raise InputError(f"--classes must lie in 0..{len(names) - 1}")
 
     began = time.perf_counter()
-    pixels, labels = images.draw_images(sampler, args.sample, image_shape(description["network"]),
-                                        description["class_counts"], device, args.seed, args.classes,
-                                        what="drawing")
+    pixels, labels = images.draw_images(
+        sampler, args.sample, image_shape(about["network"]), about["class_counts"], device, args.seed,
+        args.classes, title="drawing")
     seconds = time.perf_counter() - began
     if fgm.process_rank() > 0:
         return
-    target = run.open_folder(out) / f"samples-{kind}"
-    images.save_grid(f"{target}.png", pixels[:1000])
+
+    target = files.open_folder(out) / f"samples-{kind}"
+    written = [f"{target}.png"]
+    images.save_grid(written[0], pixels[:1000])
     if args.npz:
+        written.append(f"{target}.npz")
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # [N, C, R, R] -> [N, R, R, C]
-        with run.atomically(f"{target}.npz") as temporary:
+        with files.atomically(written[1]) as temporary:
             np.savez(temporary, images=arrays, labels=labels.numpy(), classes=names)
-    shown = " of " * bool(args.classes) + ", ".join(names[i] for i in args.classes or ())
-    print(f"{len(pixels)} images{shown} in {seconds:.2f} s: {target}.png" + f", {target}.npz" * args.npz)
+    of_classes = " of " + ", ".join(names[i] for i in args.classes) if args.classes else ""
+    print(f"{len(pixels)} images{of_classes} in {seconds:.2f} s: {', '.join(written)}")
 
 
 # ---- The steps of a run ------------------------------------------------------------------------------------
+
+
+def hold_out(real):
+    """Images in two parts: four fifths to train on, and a fifth that nothing is trained on, with each class
+    as often. Raises InputError for too few images."""
+    held, training = images.split(real.labels, len(real.labels) // 5)
+    if len(held) < 2 or 0 in real.rows(training).class_counts():
+        raise InputError("--hold-out needs at least ten images, and two of each class")
+    return real.rows(training), real.rows(held)
 
 
 def initial_network(args, real, label_dim):
     """The network that everything starts from, and its description: --teacher's, or a fresh one."""
     if args.teacher:
         return load_teacher(args.teacher, real, args.cond)
+
     channels, resolution = real.pixels.shape[1:3]
     levels = [resolution >> level for level in range(len(args.channel_mult))]
     if args.attention != PAPER["attention"] and not set(args.attention) <= set(levels):
@@ -217,61 +248,89 @@ def initial_network(args, real, label_dim):
     return build(network), network
 
 
-def check_scores(args, real, device, judge):
+def default_micro_batch(batch, device):
+    """All of this process's share of a batch; on a GPU its largest divisor up to 128."""
+    share = batch // fgm.world_size()
+    if device.type == "cpu":
+        return share
+    return max(n for n in range(1, min(share, 128) + 1) if share % n == 0)
+
+
+def check_scores(args, real, device, judge_file, fid_features):
     """A score that cannot be measured fails here, on all processes, and not at the end."""
     if len(real.pixels) < 4:
         raise InputError(f"the data has {len(real.pixels)} images; its scores need at least 4")
 
     def check():
-        if judge.exists() and not args.overwrite and real.pixels.shape[-1] > scores.SMALL:
-            scores.NetworkJudge.load(judge, real, args.cond, device)
-        if args.fid:
-            scores.fid(real.pixels[:32], real.pixels[-32:], args.inception_weights, device)
+        if judge_file.exists() and not args.overwrite and scores.judged_by_network(real):
+            scores.NetworkJudge.load(judge_file, real, device)
+        if fid_features:
+            scores.Gaussian(fid_features(real.pixels[:4]))
 
-    run.first_process(check)
+    processes.first_process(check)
 
 
-def scorer_of(args, real, device, judge):
-    """What scores this run's samples, on the first process; None on the others. A collective call."""
-    made = []
-    run.first_process(lambda: made.append(scores.Scores(
-        real, args.cond, args.flip, device, judge, args.samples)))
-    return made[0] if made else None
+@torch.no_grad()
+def check_teacher(args, teacher, shape, class_counts, device, samples=64, repeats=4):
+    """{"teacher_defect": value, "teacher_defect_error": its standard error} of a given teacher, on its own
+    samples, each at several t. Warns of a clear defect: FGM needs the velocity of a flow."""
+    indices = torch.arange(samples)
+    labels = images.labels_of(indices, class_counts)
+    noise = processes.noise_from(args.seed * 2**32 + indices, shape, device)
+    x0 = fgm.sample_ode(teacher, noise, 50, **images.condition(labels, len(class_counts), device))
+
+    x0 = x0.repeat(repeats, 1, 1, 1)  # [64, C, R, R] -> [256, C, R, R]
+    t = (torch.arange(len(x0), device=device) + 0.5) / len(x0)
+    torch.manual_seed(args.seed)
+    cond = images.condition(labels.repeat(repeats), len(class_counts), device)
+    defect, error = fgm.defect(teacher, x0, t, **cond)
+
+    if abs(defect) > max(0.3, 5 * error) and fgm.process_rank() == 0:
+        print(f"warning: {args.teacher} is not a flow's velocity, its defect is {defect:.2f} +- {error:.2f}, "
+              "not 0. The usual causes: it was trained with noise paired with data (OT-CFM, rectified flow); "
+              "its sign is the opposite (it should be noise - data); its t runs the other way (t = 1 should "
+              "be noise).", file=sys.stderr)
+    return {"teacher_defect": defect, "teacher_defect_error": error}
 
 
 def main():
     args = arguments()
-    device = run.setup(args.device)
+    device = processes.setup(args.device)
     if args.sample:
         return draw_from_files(args, device)
-    sizes.check_sizes(args, device)
+    fgm.micro_batches(args.batch, args.micro_batch)
+    args.micro_batch = args.micro_batch or default_micro_batch(args.batch, device)
+    out = out_folder(args)
+    judge_file = out / "judge.safetensors"
 
     # Data, networks, folder.
-    real = images.load_images(args.data, args.resolution, args.cond)
+    real, held_out = images.load_images(args.data, args.resolution, args.cond), None
+    if args.hold_out:
+        real, held_out = hold_out(real)
     class_counts = real.class_counts() if args.cond else []
-    label_dim = len(class_counts)
-    net, network = initial_network(args, real, label_dim)
+    net, network = initial_network(args, real, len(class_counts))
     shape = image_shape(network)
-    sizes.check_sizes(args, device, math.prod(shape))
-    out = run.open_folder(out_folder(args))
-    judge = out / "judge.safetensors"
-    check_scores(args, real, device, judge)  # before --overwrite removes anything
+    files.open_folder(out)
+
+    fid_features = None
+    if args.fid:
+        fid_features = partial(scores.inception_features, weights=args.inception_weights, device=device)
+    check_scores(args, real, device, judge_file, fid_features)  # before --overwrite removes anything
+
     net = net.to(device)
-    memory.settle_micro_batch(args, net, shape, label_dim)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
-        run.shard(module, [block for block in module.modules() if isinstance(block, edm.Block)])
-    data, conditions = images.data_functions(real, label_dim, args.flip, device)
+        processes.shard(module, [block for block in module.modules() if isinstance(block, Block)])
+    data, conditions = images.data_functions(real, len(class_counts), args.flip, device)
     gan = None
     if args.gan:
         torch.manual_seed(args.seed)
-        gan = GAN(edm.keep_features(flow), data, args.t_flow, args.gan, 5 * args.gan).to(device)
-        run.shard(gan.head)
-    description = {"network": network, "data": args.data, "classes": real.classes,
-                   "class_counts": class_counts}
+        gan = GAN(keep_features(flow), data, args.t_flow, args.gan, 5 * args.gan).to(device)
+        processes.shard(gan.head)
+
+    about = {"network": network, "data": args.data, "classes": real.classes, "class_counts": class_counts}
     folder_run = run.folder_run(args, out)
-    folder_run.fingerprint = {"data": args.data, "images": real.fingerprint(), "network": network,
-                              "teacher": args.teacher, "flip": args.flip}
+    folder_run.fingerprint = {"images": real.fingerprint(), "network": network, "flip": args.flip}
     if args.overwrite and not args.teacher and fgm.process_rank() == 0:
         (out / "teacher.safetensors").unlink(missing_ok=True)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
@@ -279,119 +338,145 @@ def main():
 
     # One distillation step now: what would stop it should not do so after the teacher's training.
     fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=copy.deepcopy(gan),
-                **settings | {"steps": 1, "compile": False})
-    seconds = {"teacher": 0.0}
+                **settings | {"steps": 1})
+    if args.compile:
+        processes.compile_networks(teacher, flow, net)
 
-    # The teacher, by ReFlow (3.6).
-    if not args.teacher:
+    # The teacher, by ReFlow (3.6), or a given one.
+    seconds, defect = {"teacher": 0.0}, {}
+    if args.teacher:
+        defect = check_teacher(args, teacher, shape, class_counts, device)
+    else:
         teacher, seconds["teacher"] = fgm.train_flow(
             teacher.train(), data, steps=math.ceil(args.teacher_kimg * 1000 / args.batch),
             ema_decay=args.teacher_ema, run=folder_run, **flags.teacher_settings(args))
-    run.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(description)})
+    run.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(about)})
 
     # Distillation, Algorithm 1: all three networks start as the teacher.
     for module in (net, flow):
         module.load_state_dict(teacher.state_dict())
-
     draw = partial(images.draw_images, shape=shape, class_counts=class_counts, device=device, seed=args.seed)
 
     def draw_fast(sampler, n, in_turn):
-        classes = range(label_dim) if in_turn else None
+        classes = range(len(class_counts)) if in_turn else None
         with torch.autocast(device.type, torch.bfloat16, enabled=fgm.wants_bf16(args.precision, device)):
             return draw(sampler, n, classes=classes)[0]
 
-    folder_run.picture = scores.pictures(out, real.pixels, teacher, draw_fast, min(args.samples, 500))
+    folder_run.picture = scores.make_picture(out, real.pixels, teacher, draw_fast, min(args.samples, 500))
     folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher), "gan": args.gan}
     generator, seconds["distillation"] = fgm.distill(
         teacher, generator, flow, shape, conditions=conditions, extra=gan, run=folder_run, **settings)
-    description |= {"generator": generator.coefficients()}
-    run.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(description)})
+    about |= {"generator": generator.coefficients()}
+    run.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(about)})
 
-    # Samples, scores, pictures.
-    began, scorer = time.perf_counter(), scorer_of(args, real, device, judge)
+    # Samples, scores, pictures. The first process alone scores.
+    began, scorer = time.perf_counter(), None
+    if fgm.process_rank() == 0:
+        judge = scores.judge_of(real, args.cond, args.flip, device, judge_file)
+        scorer = scores.Scores(real, args.cond, judge, args.samples, fid_features, held_out)
+    processes.wait_for_first()
+
     steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)
     samplers = {number: partial(fgm.sample_ode, teacher, steps=number) for number in steps}
-    rows = score(args, real, device, scorer, samplers | {"one step": generator}, draw, out)
+    rows = score(args, scorer, samplers | {"one step": generator}, draw, len(real.classes), out)
     seconds["scores"] = time.perf_counter() - began
     if scorer:
-        write_results(args, description, real, scorer, rows, seconds, out)
-        print_results(args, real, scorer, rows, seconds, out)
+        write_results(args, about, scorer, rows, defect, seconds, out)
+        print_results(args, scorer, rows, defect, seconds, out)
 
 
 # ---- Scores ------------------------------------------------------------------------------------------------
 
 
-def score(args, real, device, scorer, samplers, draw, out):
+def score(args, scorer, samplers, draw, classes, out):
     """Draw from all samplers with the same seeds, and write a picture of each. A collective call.
 
     samplers: {steps of the teacher, or "one step": sampler}; draw: images.draw_images without what is the
-    same for all. Returns {the same name: {score: value}}, on the first process alone."""
-    rows, shown = {}, {}
+    same for all; scorer: None but on the first process. Returns {the same name: {score: value}}, there."""
+    rows, grids = {}, {}
     for name, sampler in samplers.items():
         began = time.perf_counter()
-        pixels, labels = draw(sampler, args.samples, what=f"scoring: {title(name)}")
-        drawing = time.perf_counter() - began
-        grid, _ = draw(sampler, min(100, args.samples), classes=range(len(real.classes)))  # to be looked at
+        pixels, labels = draw(sampler, args.samples, title=f"scoring: {row_title(name)}")
+        seconds = time.perf_counter() - began
+        grid, _ = draw(sampler, min(100, args.samples), classes=range(classes))  # to be looked at
         if scorer:
-            rows[name], shown[title(name)] = scorer.of(pixels, labels) | {"seconds": drawing}, grid
-            if args.fid:
-                rows[name]["fid"] = scores.fid(real.pixels, pixels, args.inception_weights, device)
-    images.save_samples(out, shown)
+            grids[row_title(name)] = grid
+            rows[name] = scorer.of(pixels, labels) | {"seconds": seconds}
+            if args.hold_out and name in (50, "one step"):
+                rows[name] |= scorer.copies(pixels)
+    images.save_samples(out, grids)
     return rows
 
 
-def title(name):
+def row_title(name):
     """What a sampler is called in table and pictures: "one step", "teacher, 50 steps"."""
-    return name if name == "one step" else f"teacher, {name} step{'s' * (name > 1)}"
+    if name == "one step":
+        return name
+    return "teacher, 1 step" if name == 1 else f"teacher, {name} steps"
 
 
-TITLES = {"judge_frechet": "judge Frechet distance", "pixel_frechet": "pixel Frechet distance"}
+COLUMNS = {  # of the table: {score: (heading, format)}
+    "fid": ("FID", ".4f"),
+    "judge_frechet": ("judge Frechet distance", ".4f"),
+    "pixel_frechet": ("pixel Frechet distance", ".4f"),
+    "accuracy": ("accuracy", ".2%"),
+    "worst_class": ("worst class", ".2%"),
+    "to_trained": ("to trained", ".4f"),
+    "to_held_out": ("to held out", ".4f"),
+    "copy_ratio": ("copy ratio", ".3f"),
+    "seconds": ("seconds", ".1f"),
+}
 
 
-def metric_name(args, score):
-    """What a distance is called; FID is that of 50,000 samples or more alone."""
-    if score != "fid":
-        return TITLES[score]
-    return "FID" if args.samples >= 50_000 else f"fid-{args.samples / 1000:g}k"
+def heading(args, score):
+    """What a score is called; FID is that of 50,000 samples or more alone."""
+    if score == "fid" and args.samples < 50_000:
+        return f"fid-{args.samples / 1000:g}k"
+    return COLUMNS[score][0]
 
 
-def write_results(args, description, real, scorer, rows, seconds, out):
+def write_results(args, about, scorer, rows, defect, seconds, out):
     """config.json and metrics.json."""
     main = "fid" if args.fid else scorer.main
-    run.write_results(out, description | {"settings": vars(args) | {"out": str(out)}}, {
-        "metric": metric_name(args, main), "samples": args.samples,
-        "against": f"{len(real.pixels)} training images of {args.data}",
+    metrics = {
+        "metric": heading(args, main), "samples": args.samples,
+        "against": f"{len(scorer.real.pixels)} training images of {args.data}",
         "labels": "drawn as often as the data has each class" if args.cond else "none",
         "detector": "torch-fidelity Inception-v3" if args.fid else scorer.detector,
         "teacher": {str(name): row[main] for name, row in rows.items() if name != "one step"},
         "one_step": rows["one step"][main],
-        "noise_floor": scorer.of_data, "noise_floor_of": scorer.split,
+        "noise_floor": scorer.of_data, "noise_floor_of": scorer.data_title,
         "rows": {str(name): row for name, row in rows.items()}, "seconds": seconds,
-    })
+    }
+    run.write_results(out, about | {"settings": vars(args) | {"out": str(out)}}, metrics | defect)
 
 
-FORMATS = {"accuracy": ".2%", "worst_class": ".2%", "seconds": ".1f"}  # in the table; of others .4f
-
-
-def print_results(args, real, scorer, rows, seconds, out):
+def print_results(args, scorer, rows, defect, seconds, out):
     """The table of scores. After the main distance: what another draw of the samples would move it by."""
+    pixels = scorer.real.pixels
     data = f"{args.data} (conditional)" if args.cond else args.data
-    print(f"{data}: {args.samples:,} samples against {len(real.pixels):,} training images of "
-          f"{real.pixels.shape[-1]}x{real.pixels.shape[-1]}")
-    columns = {name: metric_name(args, name) for name in ("fid", *TITLES)}
-    columns |= {name: name.replace("_", " ") for name in FORMATS}
-    columns = {name: heading for name, heading in columns.items() if name in rows["one step"]}
-    widths = {name: max(12, len(heading) + 4) for name, heading in columns.items()}
-    print(f"  {'':21}" + "".join(f"{heading:>{widths[name]}}" for name, heading in columns.items()))
+    print(f"{data}: {args.samples:,} samples against {len(pixels):,} training images of "
+          f"{pixels.shape[-1]}x{pixels.shape[-1]}")
 
-    lines = {title(name): row for name, row in rows.items()}
-    for what, row in {scorer.split: scorer.of_data, **lines}.items():
-        cells = {name: f"{row[name]:{FORMATS.get(name, '.4f')}}" for name in columns
-                 if row.get(name) is not None}
-        if row.get("noise") is not None:
-            cells[scorer.main] += f" +- {row['noise']:.4f}"
-        print(f"  {what:21}" + "".join(f"{cells.get(name, ''):>{widths[name]}}" for name in columns))
+    names = [name for name in COLUMNS if name in rows["one step"]]
+    table = [["", *(heading(args, name) for name in names)]]
+    lines = {scorer.data_title: scorer.of_data} | {row_title(name): row for name, row in rows.items()}
+    for title, row in lines.items():
+        cells = [title]
+        for name in names:
+            cell = "" if row.get(name) is None else f"{row[name]:{COLUMNS[name][1]}}"
+            if name == scorer.main and row.get("noise") is not None:
+                cell += f" +- {row['noise']:.4f}"
+            cells.append(cell)
+        table.append(cells)
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(table[0]))]
+    for first, *others in table:
+        numbers = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        print("  " + "   ".join([f"{first:{widths[0]}}", *numbers]))
 
+    if defect:
+        print(f"  the teacher's defect, 0 for a flow's velocity: {defect['teacher_defect']:.3f} +- "
+              f"{defect['teacher_defect_error']:.3f}")
     print("  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
           + f"; pictures and metrics.json in {out}")
 

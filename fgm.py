@@ -2,8 +2,8 @@
 
 A flow model carries noise to data along x_t = (1 - t) x0 + t noise by a velocity field u, in about 50 network
 evaluations. FGM trains a generator x0 = g(z) that needs one. It is ONE functional with two players. On the
-generator's samples let c = noise - x0, the paper's u_t(x_t | x0) of (3.5), and R_w = || w(x_t, t) - c ||^2,
-the ReFlow loss (3.6) of a field w:
+generator's samples let c = noise - x0, the paper's u_t(x_t | x0) of (3.5), and R_f = || f(x_t, t) - c ||^2,
+the ReFlow loss (3.6) of a field f:
 
     minimise over g, maximise over v,    E[ R_u - R_v ],        u: the teacher's field, v: an online flow's.
 
@@ -17,8 +17,8 @@ A step needs nothing but the ReFlow loss; one backward pass of the flow serves b
 
     x0 = g(z);  leaf = x0.detach().requires_grad_()
     reflow_loss(flow, leaf, noise, t).mean().backward()                   # the flow's gradients, and at leaf
-    at_teacher = autograd.grad(reflow_loss(teacher, leaf, noise, t).mean(), leaf)[0]
-    x0.backward(at_teacher - leaf.grad)                                   # the generator's gradients
+    of_teacher = autograd.grad(reflow_loss(teacher, leaf, noise, t).mean(), leaf)[0]
+    x0.backward(of_teacher - leaf.grad)                                   # the generator's gradients
 
 The map, from the paper to this file:
 
@@ -28,13 +28,14 @@ The map, from the paper to this file:
     Algorithm 1                 distill             the teacher's training          train_flow
     is u a teacher? by (4.7)    defect              (4.7) and Theorem 4.2 (4.8)     tests/method
 
-What the identity does not cover. L2 + l1_weight L1 = R_u - R_v + (l1_weight - 1) || u - v ||^2, so another
-l1_weight (the paper's 0 on images) has no common functional. A weight of t alone on the generator's loss, or
-another t for one player, leaves the best v where it is, but each player then has a functional of its own; a
-weight that depends on u, held constant, gives the gradient of none; a GAN adds a second game. Descent of one
-player against ascent of the other may circle a saddle point and not reach it. (The min-max is not in the
-paper; RealUID, arXiv 2509.22459, has it.) Unlike Algorithm 1 as printed, both players move at once, from the
-same samples; as in the paper's experiments, by Adam, with t logit-normal (here stratified or quasi-random).
+What the identity does not cover. L2 + l1_weight L1 = R_u - R_v + (l1_weight - 1) || u - v ||^2: at another
+l1_weight (the paper's 0 on images) the flow still maximises R_u - R_v, but the generator minimises something
+else, and the players share no functional. A weight of t alone, or another t for one player, leaves the best v
+where it is: the gradient there is that of (4.1), so weighted. With a weight that depends on u or c it is not,
+even at the best v; it still vanishes where v = u. A GAN adds a second game. Descent of one player against
+ascent of the other may circle a saddle point and not reach it. (The min-max is not in the paper; RealUID,
+arXiv 2509.22459, has it.) Algorithm 1 as printed alternates, with t uniform. Here both players move at once,
+from the same samples; as in the paper's experiments by Adam, t logit-normal (stratified or quasi-random).
 
 Conventions. t: [B], in [0, 1], float32 (float64 beside float64 data); t = 0 is data, t = 1 is noise. A
 velocity is noise - x0, an Euler step from t to s is x + (s - t) v. A velocity network is any callable
@@ -46,12 +47,11 @@ file needs torch and numpy alone.
 
 import functools
 import math
-import re
 import time
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -100,8 +100,7 @@ def velocity(net, xt, t, **cond):
     """net(xt, t, **cond), float32 or better. xt: [B, ...], t: [B].
 
     A network whose weights are bfloat16 or float16 computes in these. Raises InputError if v is no tensor or
-    has another shape than xt, if xt needs a gradient that v does not have, and for weights in float64 beside
-    float32 samples."""
+    has another shape than xt, and if xt needs a gradient that v does not have."""
     with precision_of(net, xt):
         v = net(xt, t, **cond)
 
@@ -116,12 +115,12 @@ def velocity(net, xt, t, **cond):
 
 
 def reflow_error(net, x0, noise, t, **cond):
-    """w - c, the error of a field on samples: net(x_t, t) - (noise - x0), [B, ...]; see reflow_loss."""
+    """f - c, the error of a field on samples: net(x_t, t) - (noise - x0), [B, ...]; see reflow_loss."""
     return velocity(net, interpolate(x0, noise, t), t, **cond) - (noise - x0)
 
 
 def reflow_loss(net, x0, noise, t, **cond):
-    """R_w, the ReFlow loss || net(x_t, t) - (noise - x0) ||^2 (3.6). x0, noise: [B, ...], t: [B]. -> [B]."""
+    """R_f, the ReFlow loss || net(x_t, t) - (noise - x0) ||^2 (3.6). x0, noise: [B, ...], t: [B]. -> [B]."""
     error = reflow_error(net, x0, noise, t, **cond)
     return dot(error, error)
 
@@ -139,8 +138,8 @@ def fgm_losses(teacher, flow, x0, noise, t, *, weight=None, **cond):
         v_error = reflow_error(flow, x0, noise, t, **cond)  # v - c
 
     l1, l2 = l1_and_l2(u_error, v_error)
-    w = weights_of(weight, t, u_error, noise - x0)
-    return w * l1, w * l2
+    factor = weights_of(weight, t, u_error, noise - x0)
+    return factor * l1, factor * l2
 
 
 def l1_and_l2(u_error, v_error):
@@ -151,14 +150,11 @@ def l1_and_l2(u_error, v_error):
 
 def weights_of(weight, t, u_error, c):
     """weight(t, u, c) as a constant [B]; 1 without a weight. Raises InputError for another shape."""
-    if weight is None:
-        return torch.ones_like(t)
-
-    u_error, c = u_error.detach(), c.detach()
-    w = torch.as_tensor(weight(t, u_error + c, c), dtype=u_error.dtype, device=u_error.device).detach()
-    if w.dim() and w.shape != t.shape:
-        raise InputError(f"weight must return [{len(t)}], one value per sample, got {list(w.shape)}")
-    return w.expand(len(t))  # [] or [B] -> [B]
+    value = 1.0 if weight is None else weight(t, (u_error + c).detach(), c.detach())
+    value = torch.as_tensor(value, dtype=u_error.dtype, device=u_error.device).detach()
+    if value.dim() and value.shape != t.shape:
+        raise InputError(f"weight must return [{len(t)}], one value per sample, got {list(value.shape)}")
+    return value.expand(len(t))  # [] or [B] -> [B]
 
 
 def sid_weight(t, u, c):
@@ -170,17 +166,17 @@ def sid_weight(t, u, c):
 
 
 def noise_weight(t, u, c):
-    """exp(4 t) / 10: the mass of each mode is decided at high noise, where modes overlap; at low noise the
-    online flow is poorest just where mass would have to pass, between the modes. t: [B]. Returns [B]."""
+    """exp(4 t) / 10, a heuristic for points. The mass of each mode is decided at high noise, where modes
+    overlap; at low noise the flow is poorest where mass would have to pass, between the modes. t, returned:
+    [B]."""
     return torch.exp(4 * t) / 10
 
 
 @contextmanager
 def frozen(*nets):
-    """Within, a backward pass through those nets that are modules computes gradients of their inputs only."""
+    """Passes made inside, forward and back, give gradients of the networks' inputs only."""
     modules = [net for net in nets if isinstance(net, nn.Module)]
     parameters = [p for net in modules for p in net.parameters() if p.requires_grad]
-
     for p in parameters:
         p.requires_grad_(False)
     try:
@@ -211,18 +207,18 @@ def defect(net, x0, t, **cond):
     """E<u - c, u> / E|u|^2 on samples x0: 0 if u = net is the mean of c given x_t, as FGM takes it to be.
 
     This is the Flow Product Identity (4.7) with f = u. It needs nothing but the teacher: x0 [B, ...] are its
-    own samples (or the data that it was trained on), the path's noise is fresh, c = noise - x0. t: a number,
-    or [B]; look at several, for what is wrong at one t may be right at another. Far from 0 are networks
-    trained with noise paired to data (OT-CFM, rectified flow), with the wrong sign of v, or with t running
-    the other way; and guided fields, which are no means. Returns (defect, its standard error)."""
+    own samples, or the data that it was trained on; the path's noise is fresh, c = noise - x0. t: a number,
+    or [B]. Far from 0 means that net is no teacher: noise was paired with data (OT-CFM, rectified flow), v
+    has the wrong sign, t runs the other way, or the field is guided. Near 0 at one t proves nothing (t = 0.5
+    cannot see a reversed t): take 0.2, 0.5, 0.8 and 0.95. Returns (defect, its standard error)."""
     t = t if torch.is_tensor(t) else constant_t(t, x0)
     noise = torch.randn_like(x0)
     u = velocity(net, interpolate(x0, noise, t), t, **cond)
 
     product, square = dot(u - (noise - x0), u), dot(u, u)  # [B] each
     ratio = product.mean() / square.mean()
-    error = (product - ratio * square).std() / len(x0) ** 0.5 / square.mean()  # of a ratio of two means
-    return ratio.item(), error.item()
+    standard_error = (product - ratio * square).std() / len(x0) ** 0.5 / square.mean()  # of a ratio of means
+    return ratio.item(), standard_error.item()
 
 
 # ---- The one-step generator, the ODE sampler, guidance -----------------------------------------------------
@@ -236,10 +232,10 @@ def constant_t(value, x):
 class OneStepGenerator(nn.Module):
     """x0 = c_skip z - c_out net(c_in z, t_star), eq. (B.1): a velocity network as one-step generator.
 
-    c_out None means t_star. Eq. (5.1) prints (1 - t*) z + t* v(t* z, t*): the opposite sign of v, which, with
-    velocity = noise - data as in (3.6), (B.1) and (C.1), steps away from the data. With c_in = c_skip and
-    c_out = t_star, (B.1) is the teacher's E[x0 | x_t] at t_star. Raises InputError for t_star outside (0, 1].
-    """
+    c_out None means t_star. With c_in = c_skip and c_out = t_star it is the teacher's E[x0 | x_t] at t_star.
+    Eq. (5.1) prints (1 - t*) z + t* v(t* z, t*), which steps away from the data where velocity is
+    noise - data, as in (3.6), (B.1) and (C.1), and at t* = 1 is v alone. Raises InputError for t_star outside
+    (0, 1]."""
 
     def __init__(self, net, t_star, c_in=1.0, c_skip=1.0, c_out=None):
         super().__init__()
@@ -313,24 +309,25 @@ class Guided(nn.Module):
 
 # ---- Errors from inside a network, in plain words ----------------------------------------------------------
 
+CUT_OFF = ("a network's gradients are cut off: there must be no torch.no_grad or detach inside, and "
+           "activation checkpointing must be that of torch.utils.checkpoint with use_reentrant=False")
+DTYPES = "samples, conditions and weights differ in dtype or device: make all float32, on one device"
 ADVICE = {  # by what torch says from deep inside a pass
-    "use_reentrant=True|None of the inputs have requires_grad|does not require grad":
-        "a network's gradients are cut off: it must have no torch.no_grad or detach inside, and activation "
-        "checkpointing must be that of torch.utils.checkpoint with use_reentrant=False",
-    "same dtype|should be the same": "samples, conditions and weights differ in dtype: make all float32",
+    "use_reentrant=True": CUT_OFF, "None of the inputs have requires_grad": CUT_OFF,
+    "does not require grad": CUT_OFF, "same dtype": DTYPES, "should be the same": DTYPES,
 }
 
 
 @contextmanager
 def advised():
-    """Around a training loop: InputError for what ADVICE knows, and for gradients that torch leaves out."""
+    """Around a training loop: what ADVICE knows, and torch's warning of lost gradients, are InputErrors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
         try:
             yield
         except (RuntimeError, UserWarning) as error:
-            for pattern, advice in ADVICE.items():
-                if re.search(pattern, str(error)):
+            for words, advice in ADVICE.items():
+                if words in str(error):
                     raise InputError(f"{advice} ({error})") from error
             raise
 
@@ -338,13 +335,12 @@ def advised():
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class Inputs(NamedTuple):
     """What the networks take in one pass, beside the generator's samples: B rows of an update's draws."""
 
     noise: torch.Tensor  # [B, ...], of the path, independent of the generator's z
-    t: torch.Tensor  # [B], in the generator's loss
-    flow_t: torch.Tensor  # [B], in the flow's loss
+    t: torch.Tensor  # [B], of the generator's loss
+    flow_t: torch.Tensor  # [B], of the flow's loss
     one_t: bool  # whether these two are the same
     seeds: torch.Tensor  # [B], int64, which chose cond
     cond: dict  # what the networks take beside x and t
@@ -366,13 +362,15 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     weight(t, u, c) -> [B] scales L1 and L2 as a constant; if of t alone, the gradient at the best v is
     exactly that of (4.1), so weighted.
     t ~ logit-normal(*t_generator) in the generator's loss, (*t_flow) in the flow's. flow_lr None: lr.
-    flow_updates: per step, each on fresh samples but the last, which shares those of the generator. extra: an
-    nn.Module with flow_loss(flow, x0, seeds, cond), called right after the flow's own pass, and
-    generator_loss(flow, x0, seeds, cond), [B] each, added to the two losses (loss_scale scales the latter,
-    too), which trains with the flow (the GAN of appendix B.2).
+    flow_updates: the flow's updates in a step, each from new samples; the generator moves with the last one,
+    from the same samples. extra: an nn.Module that adds a loss to each player and trains with the flow (the
+    GAN of appendix B.2). Its flow_loss(flow, x0, seeds, cond) -> [B] is called right after the flow's own
+    pass; its generator_loss, of the same arguments, is multiplied by loss_scale but not by weight.
     A step costs 8 units (a forward pass 1, backward to an input 1, to weights, too, 2), 9 with another
     l1_weight, 10 where the players' t differ or with extra (besides its own).
-    Returns (generator, with the moving average as its weights, seconds spent); train_flow says the rest."""
+    The log's terms: flow_loss is R_v; bound is R_u - R_v, whose mean is at most (4.1), and equal to it where
+    the flow has caught up; l1 is L1. Returns (generator, seconds): its weights are the moving average.
+    train_flow says the rest."""
     if not isinstance(generator, OneStepGenerator):
         raise InputError("generator must be a OneStepGenerator(net, t_star), not a "
                          f"{type(generator).__name__}")
@@ -398,111 +396,119 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
     learners["generator"] = Learner(generator, lr, betas, eps, clip, ema_decay)
 
     one_t = tuple(t_flow) == tuple(t_generator) and extra is None
-    one_functional = one_t and l1_weight == 1
+    one_backward = one_t and l1_weight == 1  # of the flow, which serves both players
 
     for step in run.steps("distill", steps, learners, settings):
         lr_factor, terms = schedule(step, steps, lr_warmup, lr_decay), defaultdict(list)
 
-        for k in range(flow_updates):
-            both = k == flow_updates - 1  # the flow learns from all samples, the generator from the last
-            draws = Draws(batch, device, seed, DISTILLATION, step, k)
-            z, noise, t, seeds = draws.for_update(shape, *(t_generator if both else t_flow))
-            flow_t = draws.sample_t(*t_flow) if both and not one_t else t
+        for update in range(flow_updates):  # each moves the flow, the last one the generator, too
+            last = update == flow_updates - 1
+            draws = Draws(batch, device, seed, DISTILLATION, step, update)
+            z, noise, t, seeds = draws.for_update(shape, *(t_generator if last else t_flow))
+            flow_t = draws.sample_t(*t_flow) if last and not one_t else t
 
             for i in range(0, len(t), micro):
                 rows = slice(i, i + micro)
-                cond = draw_conditions(conditions, seeds[rows])
-                part = MicroBatch(noise[rows], t[rows], flow_t[rows], one_t, seeds[rows], cond, autocast)
-                with autocast, torch.set_grad_enabled(both):
+                cond = chosen_by(seeds[rows], "conditions", conditions)
+                inputs = Inputs(noise[rows], t[rows], flow_t[rows], one_t, seeds[rows], cond, autocast)
+                with autocast, torch.set_grad_enabled(last):
                     x0 = generator(z[rows], **cond)
-
-                if not both:
-                    _, losses = learn_flow(flow, x0, part, extra)
-                elif one_functional:
-                    at_x0, losses = functional_gradient(teacher, flow, x0, part, weight)
-                else:
-                    at_x0, losses = separate_gradients(teacher, flow, x0, part, l1_weight, weight, extra)
-
-                if step == 0 and i == 0:
+                if step == update == i == 0:
                     check_scale("what the generator makes", x0)
-                if both:
-                    x0.backward(loss_scale * at_x0)
-                    run.log_by_t(part.t, bound=losses["bound"])
-                run.log_by_t(part.flow_t, flow_loss=losses["flow_loss"])
+
+                if not last:
+                    _, losses = flow_gradients(flow, x0, inputs, extra)
+                elif one_backward:
+                    gradient, losses = shared_backward(teacher, flow, x0, inputs, weight)
+                else:
+                    gradient, losses = separate_gradients(
+                        teacher, flow, x0, inputs, l1_weight, weight, extra)
+
+                if last:
+                    x0.backward(loss_scale * gradient)
+                    run.log_by_t(inputs.t, bound=losses["bound"])
+                run.log_by_t(inputs.flow_t, flow_loss=losses["flow_loss"])
                 for name, loss in losses.items():
-                    terms[name].append(loss.detach())
+                    terms[name].append(loss)
 
-            moved = learners if both else followers
-            gradients = {f"{name}_gradient": learners[name].update(lr_factor, passes) for name in moved}
+            moving = learners if last else followers
+            norms = {f"{name}_gradient": learners[name].update(lr_factor, passes) for name in moving}
 
-        run.log(**{name: torch.cat(losses) for name, losses in terms.items()}, **gradients)
+        run.log(**{name: torch.cat(losses) for name, losses in terms.items()}, **norms)
 
     for learner in learners.values():
         learner.finish()
     return generator, run.seconds
 
 
-def functional_gradient(teacher, flow, x0, part, weight):
-    """The four lines: R_v backward into the flow's parameters and to x0 [B, ...], then R_u to x0.
+def shared_backward(teacher, flow, x0, inputs, weight):
+    """Lines 2 and 3 of the four: R_v backward into the flow's parameters and to x0 [B, ...], R_u to x0.
 
     The graphs of flow and teacher never live together. Returns the gradient at x0 of the mean of
     weight (R_u - R_v), and the losses, unweighted, [B] each."""
     leaf = x0.detach().requires_grad_()
-    with part.autocast:
-        v_error = reflow_error(flow, leaf, part.noise, part.t, **part.cond)  # v - c
+    with inputs.autocast:
+        v_error = reflow_error(flow, leaf, inputs.noise, inputs.t, **inputs.cond)  # v - c
     r_v = dot(v_error, v_error)
-    r_v.mean().backward()  # the flow's gradients, and at leaf
+    r_v.mean().backward()  # the flow's gradients, and leaf's
 
     with frozen(teacher):
-        with part.autocast:
-            u_error = reflow_error(teacher, leaf, part.noise, part.t, **part.cond)  # u - c
+        with inputs.autocast:
+            u_error = reflow_error(teacher, leaf, inputs.noise, inputs.t, **inputs.cond)  # u - c
         r_u = dot(u_error, u_error)
-        (at_teacher,) = torch.autograd.grad(r_u.mean(), leaf)
+        (of_teacher,) = torch.autograd.grad(r_u.mean(), leaf)
 
-    w = per_sample(weights_of(weight, part.t, u_error, part.noise - leaf), leaf)
-    l1, _ = l1_and_l2(u_error.detach(), v_error.detach())
-    return w * (at_teacher - leaf.grad), {"flow_loss": r_v, "bound": r_u - r_v, "l1": l1}
+    factor = weights_of(weight, inputs.t, u_error, inputs.noise - leaf)
+    l1, _ = l1_and_l2(u_error, v_error)
+    gradient = per_sample(factor, leaf) * (of_teacher - leaf.grad)
+    return gradient, detached(flow_loss=r_v, bound=r_u - r_v, l1=l1)
 
 
-def learn_flow(flow, x0, part, extra, keep_graph=False):
-    """Freeze theta, update psi: the mean of R_v (3.6), and of extra's loss, backward into flow and extra.
+def flow_gradients(flow, x0, inputs, extra, keep_graph=False):
+    """The mean of R_v (3.6), and of extra's loss, backward into the parameters of flow and extra.
 
     x0: [B, ...], without the generator's graph. Returns v - c [B, ...], and the losses, [B] each."""
-    with part.autocast:
-        v_error = reflow_error(flow, x0, part.noise, part.flow_t, **part.cond)  # v - c
+    with inputs.autocast:
+        v_error = reflow_error(flow, x0, inputs.noise, inputs.flow_t, **inputs.cond)  # v - c
         losses = {"flow_loss": dot(v_error, v_error)}
         if extra is not None:
-            losses["extra_flow_loss"] = extra.flow_loss(flow, x0, part.seeds, part.cond)
+            losses["extra_flow_loss"] = extra.flow_loss(flow, x0, inputs.seeds, inputs.cond)
 
     sum(losses.values()).mean().backward(retain_graph=keep_graph)
-    return v_error, losses
+    return v_error, detached(**losses)
 
 
-def separate_gradients(teacher, flow, x0, part, l1_weight, weight, extra):
-    """The two updates of Algorithm 1 with the losses as printed, one after the other, from the same samples.
+def separate_gradients(teacher, flow, x0, inputs, l1_weight, weight, extra):
+    """The gradients of both losses of Algorithm 1 as printed; neither player has moved yet.
 
     Where both have one t, v is evaluated once. Returns the gradient at x0 [B, ...] of the mean of
     weight (L2 + l1_weight L1), plus that of extra's loss, and the losses, unweighted, [B] each."""
     leaf = x0.detach().requires_grad_()
-    v_error, losses = learn_flow(flow, leaf, part, extra, keep_graph=part.one_t)
+    v_error, losses = flow_gradients(flow, leaf, inputs, extra, keep_graph=inputs.one_t)
 
-    # Freeze psi, update theta: (4.11) and (4.12).
-    with frozen(teacher, None if part.one_t else flow):
-        with part.autocast:
-            u_error = reflow_error(teacher, leaf, part.noise, part.t, **part.cond)  # u - c
-            if not part.one_t:
-                v_error = reflow_error(flow, leaf, part.noise, part.t, **part.cond)  # v - c
+    # The generator's losses (4.11), (4.12). With one t the flow's graph has trainable weights, and activation
+    # checkpointing must find them so again.
+    with frozen(teacher, None if inputs.one_t else flow):
+        with inputs.autocast:
+            u_error = reflow_error(teacher, leaf, inputs.noise, inputs.t, **inputs.cond)  # u - c
+            if not inputs.one_t:
+                v_error = reflow_error(flow, leaf, inputs.noise, inputs.t, **inputs.cond)  # v - c
         l1, l2 = l1_and_l2(u_error, v_error)
-        w = weights_of(weight, part.t, u_error, part.noise - leaf)
-        (at_x0,) = torch.autograd.grad((w * (l2 + l1_weight * l1)).mean(), leaf)
-    losses |= {"bound": l1 + l2, "l1": l1}
+        factor = weights_of(weight, inputs.t, u_error, inputs.noise - leaf)
+        (gradient,) = torch.autograd.grad((factor * (l2 + l1_weight * l1)).mean(), leaf)
+    losses |= detached(bound=l1 + l2, l1=l1)
 
     if extra is not None:
         with frozen(flow, extra):
-            with part.autocast:
-                losses["extra"] = extra.generator_loss(flow, leaf, part.seeds, part.cond)
-            at_x0 = at_x0 + torch.autograd.grad(losses["extra"].mean(), leaf)[0]
-    return at_x0, losses
+            with inputs.autocast:
+                extra_loss = extra.generator_loss(flow, leaf, inputs.seeds, inputs.cond)
+            gradient = gradient + torch.autograd.grad(extra_loss.mean(), leaf)[0]
+        losses |= detached(extra=extra_loss)
+    return gradient, losses
+
+
+def detached(**losses):
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 # ---- The teacher, by ReFlow (3.6) --------------------------------------------------------------------------
@@ -518,9 +524,9 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
     [B], on the CPU, choose. batch is global, micro_batch what a process takes at a time (None: its share).
     The learning rate rises over lr_warmup steps and falls to 0 over the last share lr_decay of all; clip
     bounds the norm of a gradient. t ~ logit-normal(*t_flow). run: what surrounds the loop. Every step seeds
-    torch's default generator.  Returns (net, with the
-    moving average as its weights, seconds spent). Raises InputError (a ValueError) for what users get wrong,
-    Diverged for a non-finite loss or gradient."""
+    torch's default generators. ema_decay None: no average. net stays in training or evaluation mode, as it
+    is. Returns (net, seconds): its weights are the moving average. Raises InputError (a ValueError) for what
+    users get wrong, Diverged for a non-finite loss or gradient."""
     check_networks(net=net)
     settings = dict(
         steps=steps, batch=batch, lr=lr, betas=betas, eps=eps, lr_warmup=lr_warmup, lr_decay=lr_decay,
@@ -532,12 +538,13 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
 
     for step in run.steps("teacher", steps, {"teacher": learner}, settings):
         draws = Draws(batch, device, seed, TEACHER, step)
-        t, seeds, noise, losses = draws.sample_t(*t_flow), draws.seeds(), None, []
+        t, seeds = draws.sample_t(*t_flow), draws.seeds()
+        noise, losses = None, []  # noise, once the shape is known: of all micro-batches at once
 
         for i in range(0, len(t), micro):
-            x0, cond = draw_data(data, seeds[i : i + micro])
-            noise = draws.normal(x0.shape[1:]) if noise is None else noise  # of all micro-batches at once
-            if step == 0 and i == 0:
+            x0, cond = chosen_by(seeds[i : i + micro], "data", data)
+            noise = draws.normal(x0.shape[1:]) if noise is None else noise
+            if step == i == 0:
                 check_scale("the data", x0)
             with autocast:
                 loss = reflow_loss(net, x0, noise[i : i + micro], t[i : i + micro], **cond)
@@ -563,7 +570,8 @@ def schedule(step, steps, warmup, decay):
 class Learner:
     """A module's trainable parameters with Adam and, given an ema_decay, their moving average (EMA).
 
-    All processes start from the first one's weights, and average their gradients."""
+    All processes start from the first one's weights (FSDP2's shards agree already) and average their
+    gradients."""
 
     def __init__(self, module, lr, betas, eps, clip=None, ema_decay=None):
         self.module, self.lr, self.clip, self.ema_decay = module, lr, clip, ema_decay
@@ -586,8 +594,8 @@ class Learner:
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if ema_decay else {}
 
     def update(self, lr_factor, passes):
-        """One Adam step at lr_factor * lr by the mean gradient of so many backward passes of every process,
-        then the moving average. Returns the gradient's norm before clipping."""
+        """One Adam step at lr_factor * lr by the mean gradient, then the moving average. passes: how many
+        backward passes of each process the gradients add up. Returns the gradient's norm before clipping."""
         gradients = [p.grad for p in self.parameters.values()]
         if passes > 1:
             torch._foreach_div_(gradients, passes)
@@ -595,7 +603,7 @@ class Learner:
         if world_size() > 1 and replicas:  # one message; FSDP2 has averaged sharded ones
             whole = torch.cat([gradient.flatten() for gradient in replicas])
             dist.all_reduce(whole)
-            parts = (whole / world_size()).split([gradient.numel() for gradient in replicas])
+            parts = whole.div_(world_size()).split([gradient.numel() for gradient in replicas])
             torch._foreach_copy_(replicas, [part.view_as(g) for part, g in zip(parts, replicas, strict=True)])
         norm = nn.utils.get_total_norm(gradients)
         if self.clip:
@@ -680,40 +688,25 @@ def check_scale(name, x0):
 
 
 def chosen_by(seeds, name, function):
-    """function(seeds). Raises InputError for what is no function, and for an index out of range."""
+    """function(seeds): conditions, or for "data" (x0 [B, ...], conditions). Raises InputError for others."""
     if not callable(function):
         raise InputError(f"{name} must be a function of int64 seeds [B], not a {type(function).__name__}")
     try:
-        return function(seeds)
+        chosen = function(seeds)
     except IndexError as error:
         raise InputError(f"{name}(seeds) raised an IndexError ({error}): seeds are random numbers of "
                          "any size, so take row seeds % n of n") from error
 
-
-def check_conditions(name, cond, n):
-    """Raises InputError unless cond is a dict, its tensors with n rows."""
+    if name == "data" and not (isinstance(chosen, tuple) and len(chosen) == 2):
+        raise InputError("data(seeds) must return (x0, cond): a tensor [B, ...] and a dict, {} for none")
+    cond = chosen[1] if name == "data" else chosen
     if not isinstance(cond, dict):
         raise InputError(f"{name}(seeds) must give conditions as a dict, not a {type(cond).__name__}")
     for key, value in cond.items():
-        if torch.is_tensor(value) and value.dim() and len(value) != n:
-            raise InputError(f"{name}(seeds) gives {len(value)} rows of {key}: give one for each seed, {n}")
-
-
-def draw_conditions(conditions, seeds):
-    """conditions(seeds), checked: the dict that the networks take beside x and t."""
-    cond = chosen_by(seeds, "conditions", conditions)
-    check_conditions("conditions", cond, len(seeds))
-    return cond
-
-
-def draw_data(data, seeds):
-    """data(seeds), checked: (x0 [B, ...], cond)."""
-    batch = chosen_by(seeds, "data", data)
-    if not isinstance(batch, tuple) or len(batch) != 2:
-        raise InputError("data(seeds) must return (x0, cond): a tensor [B, ...] and a dict, {} for none")
-    x0, cond = batch
-    check_conditions("data", cond, len(seeds))
-    return x0, cond
+        if torch.is_tensor(value) and (not value.dim() or len(value) != len(seeds)):
+            raise InputError(f"{name}(seeds) must give {key} one row for each seed, [{len(seeds)}, ...], not "
+                             f"{list(value.shape)}")
+    return chosen
 
 
 # ---- Processes, precision, random draws --------------------------------------------------------------------
@@ -738,11 +731,10 @@ def replicated(tensors):
 
 
 def precision_of(net, x):
-    """The context of a network's pass: autocast to its weights' dtype, if that is bfloat16 or float16."""
-    weight = next(net.parameters(), None) if isinstance(net, nn.Module) else None
-    if weight is None or weight.dtype not in (torch.bfloat16, torch.float16):
-        return nullcontext()
-    return torch.autocast(x.device.type, weight.dtype, cache_enabled=False)
+    """The context of a network's pass: autocast to bfloat16 or float16, if some of its weights are that."""
+    parameters = net.parameters() if isinstance(net, nn.Module) else ()
+    low = {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}
+    return torch.autocast(x.device.type, low.pop(), cache_enabled=False) if low else nullcontext()
 
 
 def wants_bf16(precision, device):
@@ -754,8 +746,8 @@ def wants_bf16(precision, device):
 
 
 def bf16_passes(precision, device):
-    """The context of a training loop's passes. It caches no weights: in another autocast region they would be
-    those of the first step for ever."""
+    """The context of a training loop's passes. It caches no weights: inside an outer autocast region cached
+    ones would stay those of the first step."""
     enabled = wants_bf16(precision, device)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
@@ -764,7 +756,7 @@ def micro_batches(batch, micro_batch=None):
     """(passes, micro-batch): batch is micro-batch x accumulation x processes. Raises InputError if not."""
     share, rest = divmod(batch, world_size())
     micro = micro_batch or max(share, 1)
-    if rest or share % micro:
+    if rest or micro < 1 or share < micro or share % micro:
         raise InputError(f"the global batch {batch} is not micro-batch x accumulation x processes "
                          f"with micro-batch {micro} and {world_size()} processes")
     return share // micro, micro
@@ -779,17 +771,17 @@ def sobol_points(n, dims, device):
 
 
 class Draws:
-    """The random numbers of one update, a function of the key (seed, purpose, step, ...) and of nothing else.
+    """The random numbers of one update, a function of key (seed, purpose, step, ...), batch, kind of device.
 
     So a resumed run needs no stored generator states, and any number of processes shares the same batch:
-    each draws the whole and keeps its rows. torch's default generator (dropout) is seeded too."""
+    each draws the whole and keeps its rows. torch's default generators (dropout) are seeded, too, a process
+    its own."""
 
     def __init__(self, batch, device, *key):
         self.batch, self.device = batch, torch.device(device)
         self.random = np.random.default_rng(key)
         self.generator = torch.Generator(device).manual_seed(int(self.random.integers(2**63)))
-        default = torch.cuda if self.device.type == "cuda" else torch.default_generator
-        default.manual_seed(int(self.random.integers(2**62)) + process_rank())
+        torch.manual_seed(int(self.random.integers(2**62)) + process_rank())
 
         share = batch // world_size()
         self.rows = slice(process_rank() * share, (process_rank() + 1) * share)

@@ -26,26 +26,27 @@ FGM draws t from are --t-flow and --t-generator):
 
 import argparse
 import math
+import sys
 import time
-from collections import namedtuple
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import fgm
 from fgm import InputError
 from images.data import save_grid, save_samples
-from text2image import hub, pipeline
-from text2image.card import table, write_card
-from text2image.digits import digit_of, is_miniature, judge
-from text2image.prompts import contents, described, digest_of, encode_prompts, find_prompts, free_memory
-from text2image.real import encode_images, load_real
-from text2image.transformer import networks, print_memory
-from training import flags, run
+from text2image import pipeline
+from text2image.digits import copy_scores, digit_of, has_held_out, is_miniature, judge
+from text2image.pipeline import empty_network, find_model, free_memory
+from text2image.prompts import cached_embeddings, digest_of, find_prompts, read_json_lines, text_of
+from text2image.real import cached_latents, load_real
+from text2image.transformer import largest_rank, networks
+from training import checkpoint, files, flags, processes, run
 from training.files import open_folder
 from training.flags import COUNT, Setting
 from training.gan import GAN
-from training.sizes import check_sizes
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
@@ -65,15 +66,16 @@ GUIDANCE = {"turbo": 1.0, "3.5-medium": 4.5, "3.5-large": 3.5}  # by what a mode
 
 FLAGS = {  # by their group in --help
     "model and prompts": {
-        "model": Setting(str, None, "hub id, or folder of a StableDiffusion3Pipeline"),
-        "prompts": Setting(str, None, "txt or jsonl (default: the model's prompts.txt or a built-in grammar)",
-                           metavar="FILE"),
-        "embeddings": Setting(str, None, "cache of encoded prompts (default: OUT/embeddings)", metavar="DIR"),
+        "model": Setting(flags.path, None, "hub id, or folder of a StableDiffusion3Pipeline"),
+        "prompts": Setting(flags.path, None, "txt or jsonl (default: the model's prompts.txt, or a built-in "
+                                             "grammar)", metavar="FILE"),
+        "embeddings": Setting(flags.path, None, "cache of encoded prompts (default: OUT/embeddings)",
+                              metavar="DIR"),
         "height": Setting(int, COUNT, "of the images, in pixels"),
         "width": Setting(int, COUNT, "of the images, in pixels"),
     },
     "run": {
-        "out": Setting(str, None, "output folder"), **flags.RUN_FLAGS, **flags.PICTURE_FLAG,
+        "out": Setting(flags.path, None, "output folder"), **flags.RUN_FLAGS, **flags.PICTURE_FLAG,
         "paper": Setting(bool, None, "the paper's settings, not the miniature's, on a miniature too"),
         "checkpointing": Setting(argparse.BooleanOptionalAction, None,
                                  "recompute activations in the backward pass (default: on a GPU)"),
@@ -86,8 +88,8 @@ FLAGS = {  # by their group in --help
         **flags.DISTILLATION_FLAGS,
     },
     "GAN (appendix B.2)": {
-        "real": Setting(str, None, "real images, captions in metadata.jsonl, .csv or NAME.txt; turns the GAN "
-                                   "on", metavar="DIR"),
+        "real": Setting(flags.path, None, "real images with captions in metadata.jsonl, metadata.csv or "
+                                          "NAME.txt; turns the GAN on", metavar="DIR"),
         "gan_generator": Setting(float, "[0, 1e9]", "weight in the generator's loss, both per element"),
         "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss, both per element"),
     },
@@ -96,155 +98,247 @@ FLAGS = {  # by their group in --help
         "sample": Setting(str, None, "draw images of PROMPT from the run in OUT", metavar="PROMPT"),
         "n": Setting(int, "[1, 1e6]", "number of images for --sample"),
         "ode_steps": Setting(int, COUNT, "draw from the run's teacher in K steps with guidance", metavar="K"),
-        "geneval": Setting(str, None, "draw 4 images per prompt into OUT/geneval, laid out for GenEval's "
-                                      "scorer", metavar="METADATA.jsonl"),
+        "geneval": Setting(flags.path, None, "draw 4 images per prompt into OUT/geneval, laid out for "
+                                             "GenEval's scorer", metavar="METADATA.jsonl"),
     },
 }
+
+
+OF_TEACHER = ("model", "guidance", "height", "width")  # what --sample takes over from the run in OUT
+NEEDS = {"n": ["sample"], "ode_steps": ["sample", "geneval"], "gan_generator": ["real"],
+         "gan_discriminator": ["real"]}
 
 
 def defaults(given):
     """The settings that are not given: the paper's, with the model's guidance, or the miniature's; to draw
     images, those of the run in OUT, unless another teacher is named."""
-    found = settings_of(given.out) if given.sample or given.geneval else {}
-    if found and given.model in (PAPER["model"], found["model"]):
-        return PAPER | found
+    config = Path(given.out) / "config.json"
+    if (given.sample or given.geneval) and config.exists():
+        of_run = files.read_json(config).get("settings", {})
+        same_model = Path(given.model).resolve() == Path(of_run.get("model", "")).resolve()
+        if same_model or given.model == PAPER["model"]:
+            return PAPER | {name: of_run[name] for name in OF_TEACHER if name in of_run}
     if is_miniature(given.model) and not given.paper:
         return TINY
-    known = (scale for name, scale in GUIDANCE.items() if name in Path(given.model).name)
-    often = dict(save_every=25, log_every=5, picture_every=25) if given.lora else {}  # a step takes minutes
-    return PAPER | often | {"guidance": next(known, PAPER["guidance"])}
 
-
-def settings_of(out):
-    """Model, guidance and size of the run in out, {} without a config.json; InputError for a damaged one."""
-    path = Path(out) / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        settings = run.read_json(path)["settings"]
-        kinds = {"model": str, "guidance": float, "height": int, "width": int}
-        return {name: kind(settings[name]) for name, kind in kinds.items()}
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path} is damaged: it does not tell the run's model and size") from error
+    settings = dict(PAPER)
+    for name, guidance in reversed(GUIDANCE.items()):  # turbo is in front: the name may hold several
+        if name in Path(given.model).name:
+            settings["guidance"] = guidance
+    if given.lora:  # a step takes minutes
+        settings |= dict(save_every=25, log_every=5, picture_every=25)
+    return settings
 
 
 def arguments():
     parser = flags.Parser(
         prog="sd3.py",
         description="Distil Stable Diffusion 3 into a one-step pipeline (FGM, arXiv 2410.19310).",
-        epilog="The defaults are the paper's, but for what it does not give: --kimg, --ema, t in the GAN "
-               "(--t-flow), intervals, samples. With a folder of tiny_sd3.py in --model, the miniature's.")
+        epilog="The defaults are the paper's where it gives a value; --kimg, --ema, intervals, --samples and "
+               "t in the GAN (--t-flow) are ours. With a folder of tiny_sd3.py as --model they are the "
+               "miniature's.")
     for title, settings in FLAGS.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     parser.set_defaults(**PAPER)
-    always = {"n": ["sample"], "ode_steps": ["sample", "geneval"], "gan_generator": ["real"],
-              "gan_discriminator": ["real"]}
-    of_teacher = dict.fromkeys(["model", "guidance", "height", "width"], ["ode_steps"])
-    meaningful = [*of_teacher, "ode_steps", "out", "seed", "device", "precision"]
-    args = parser.parse_with(
-        defaults,
-        lambda args: always | (of_teacher if args.sample or args.geneval else {}),
-        {"sample": [*meaningful, "n"], "geneval": meaningful})
+    args = parser.parse_with(defaults, lambda args: NEEDS)
+    if args.sample and args.geneval:
+        raise InputError("--sample and --geneval draw different images: give one of them")
     if args.height % 16 or args.width % 16:
         raise InputError(f"height and width must be divisible by 16, got {args.height} and {args.width}")
     if args.c_skip != 1 or args.c_out not in (None, args.t_star):
-        raise InputError("a diffusers pipeline can hold --c-skip 1 and the default --c-out, t*, alone")
+        raise InputError("a diffusers pipeline can only hold --c-skip 1 and the default --c-out, t*")
     return args
 
 
-# ---- The steps of main -------------------------------------------------------------------------------------
+# ---- Drawing from a finished run ---------------------------------------------------------------------------
 
 
 def draw_from_run(args, device, dtype):
-    """--sample and --geneval: images of the run in OUT, or with --ode-steps of the teacher."""
-    out = Path(args.out)
+    """--sample and --geneval: images of the run in OUT, or with --ode-steps of its teacher."""
+    out, size = Path(args.out), (args.height, args.width)
     if args.ode_steps:
-        source, steps, guidance = hub.model_folder(args.model), args.ode_steps, args.guidance
+        folder, steps, guidance = find_model(args.model), args.ode_steps, args.guidance
     else:
-        source, steps, guidance = out / "pipeline", 1, 0
-    if not source.is_dir():
-        raise InputError(f"{source} does not exist: the run has not finished, or --out names another folder")
+        folder, steps, guidance = out / "pipeline", 1, 0
+    if not (folder / "model_index.json").exists():
+        raise InputError(f"{folder} holds no pipeline: the run has not finished, or --out names another one")
 
     def draw(prompts):
-        size = args.height, args.width
-        return pipeline.draw(source, prompts, steps, guidance, size, device, dtype, args.seed, 4, "drawing")
+        return pipeline.draw(folder, prompts, steps, guidance, size, device, dtype, args.seed, batch=4)[0]
 
-    if args.geneval:
+    if args.sample:
+        images = torch.stack(list(draw([args.sample] * args.n)))
+        save_grid(open_folder(out) / "sample.png", images, min(args.n, 8))
+        print(f"{args.n} images: {out}/sample.png")
+    else:
+        records = read_json_lines(args.geneval)
+        if not records:
+            raise InputError(f"{args.geneval} holds no prompts")
+        prompts = [text_of(record, "prompt", args.geneval) for record in records for _ in range(4)]
         target = out / (f"geneval-{steps}-steps" if args.ode_steps else "geneval")
-        return pipeline.geneval(args.geneval, target, draw)
-    images = torch.stack(list(draw([args.sample] * args.n)))
-    save_grid(open_folder(out) / "sample.png", images, min(args.n, 8))
-    print(f"{args.n} images: {out}/sample.png")
+        pipeline.write_geneval(records, draw(prompts), target)
+        print(f"{len(records)} prompts, 4 images each, in {target}")
 
 
-# The pipeline's folder, its transformer's configuration, the shape of a latent; prompts; real images.
-Source = namedtuple("Source", "folder config shape prompts paths captions")
+# ---- The parts of a run ------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """What a run starts from: the pipeline's folder, its transformer's configuration, the shape of a latent
+    and the prompts; the real images and their captions, or none."""
+
+    folder: Path
+    config: dict
+    shape: tuple
+    prompts: list
+    paths: list
+    captions: list
 
 
 def read_source(args, device):
-    """The Source that the flags name, all of it checked; defaults that depend on the device are filled in.
+    """The Source that the flags name, checked as far as it can be without loading anything.
 
-    A collective call. Raises InputError for what cannot be had, or is not as it must be."""
+    Fills in the settings that depend on the device. Raises InputError."""
     if args.micro_batch is None and device.type == "cuda":
         args.micro_batch = 4
     if args.checkpointing is None:
         args.checkpointing = device.type == "cuda"
-    check_sizes(args, device)
-    folder = hub.model_folder(args.model)
-    config, size = described(folder, "transformer").config, (args.height, args.width)
-    shape = pipeline.latent_shape(folder, size)
-    check_sizes(args, device, math.prod(shape), scored=2 * 3 * args.height * args.width)
+    fgm.micro_batches(args.batch, args.micro_batch)
+
+    folder = find_model(args.model)
+    transformer = empty_network(folder, "transformer")
+    if args.lora and args.lora > largest_rank(transformer):
+        raise InputError(f"--lora {args.lora} is more than the width of the model's narrowest layer: "
+                         f"give {largest_rank(transformer)} or less")
     prompts = find_prompts(args.prompts, folder)
-    for prompt in prompts if is_miniature(folder) else ():
-        digit_of(prompt)  # raises now, not at the scores, for one that names no digit
-    return Source(folder, config, shape, prompts, *(load_real(args.real) if args.real else ((), ())))
+    if is_miniature(folder):
+        for prompt in prompts:
+            digit_of(prompt)  # raises now, not at the scores, for one that names no digit
+    paths, captions = load_real(args.real) if args.real else ([], [])
+    shape = pipeline.latent_shape(folder, (args.height, args.width))
+    return Source(folder, transformer.config, shape, prompts, paths, captions)
 
 
-def make_gan(args, source, device, dtype, out):
-    """The GAN on image files with their captions, both encoded by the source pipeline."""
-    embeddings = encode_prompts(source.folder, source.captions, out / "captions", device, dtype)
-    size, config = (args.height, args.width), source.config
-    latents = encode_images(source.folder, source.paths, size, source.shape, out / "latents", device, dtype)
+def make_networks(args, source, null, real, device, bf16):
+    """(guided teacher, generator, online flow, GAN or None) as a run begins with them.
+
+    null: the empty prompt, as the transformer takes it; real(seeds): the GAN's real data, None without it."""
+    torch.manual_seed(args.seed)
+    teacher, flow, net = networks(
+        source.folder, args.lora, args.checkpointing, bf16, device, keep_features=real is not None)
+    gan = None
+    if real is not None:
+        width = source.config["num_attention_heads"] * source.config["attention_head_dim"]
+        grid = [side // source.config["patch_size"] for side in source.shape[1:]]
+        gan = GAN(width, real, args.t_flow, args.gan_generator, args.gan_discriminator, grid).to(device)
+        processes.shard(gan.head)
+    generator = fgm.OneStepGenerator(net, args.t_star, args.c_in)
+    return fgm.Guided(teacher, args.guidance, null), generator, flow, gan
+
+
+TEXT_TOKENS = 77 + 256  # CLIP's and T5's: no prompt is longer
+
+
+def try_one_step(args, source, device, dtype):
+    """One step of the run on random data, and one image decoded, with networks that are then thrown away.
+
+    So what cannot be loaded, or does not fit into memory, is found before all prompts are encoded."""
+
+    def text(n):
+        shapes = {"encoder_hidden_states": (TEXT_TOKENS, source.config["joint_attention_dim"]),
+                  "pooled_projections": (source.config["pooled_projection_dim"],)}
+        return {name: torch.randn(n, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+
+    def real(seeds):
+        return torch.randn(len(seeds), *source.shape, device=device), text(len(seeds))
+
+    teacher, generator, flow, gan = make_networks(
+        args, source, text(1), real if args.real else None, device, dtype == torch.bfloat16)
+    micro_batch = args.micro_batch or args.batch // fgm.world_size()
+    settings = flags.distillation_settings(args, steps=1)
+    settings |= {"batch": micro_batch * fgm.world_size(), "micro_batch": micro_batch}
+    fgm.distill(teacher, generator, flow, source.shape, eps=1e-6, extra=gan,
+                conditions=lambda seeds: text(len(seeds)), **settings)
+    list(pipeline.decode(source.folder, torch.randn(1, *source.shape), device, dtype))
+
+
+def real_data(args, source, cache, device, dtype):
+    """real(seeds) -> (latents, cond) for the GAN: images and captions, encoded by the source pipeline."""
+    embeddings = cached_embeddings(source.folder, source.captions, cache / "captions", device, dtype)
+    size = args.height, args.width
+    latents = cached_latents(source.folder, source.paths, size, cache / "latents", device, dtype)
 
     def real(seeds):
         chosen = seeds % len(latents)
         return latents(chosen)["latents"].float(), embeddings(chosen)
 
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    grid = [side // config["patch_size"] for side in source.shape[1:]]
-    gan = GAN(width, real, args.t_flow, args.gan_generator, args.gan_discriminator, grid).to(device)
-    gan.content = digest_of([latents.names, source.captions])  # for the run's fingerprint
-    run.shard(gan.head)
-    return gan
+    return real
 
 
-def make_run(args, source, teacher, embeddings, gan, device, dtype, out):
-    """The run in OUT: its pictures, its score, and what a resumed run must share with it."""
-    prompts, few = source.prompts, min(args.samples, 32)
+def make_draw(args, source, embeddings, device, dtype):
+    """draw(sampler, n, first=0) -> latents [n, 16, h, w] of n prompts from all over the list, by noise of the
+    seeds first, first + 1, ..."""
 
     def draw(sampler, n, first=0):
-        """Latents [n, 16, h, w] of n prompts from all over the list, noise by seeds first, first + 1, ..."""
+        latents = []
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
-            return torch.cat([
-                sampler(run.noise_from(i + first, source.shape, device), **embeddings(i * len(prompts) // n))
-                for i in torch.arange(n).split(args.micro_batch or n)])
+            for i in torch.arange(n).split(args.micro_batch or n):
+                cond = embeddings(i * len(source.prompts) // n)
+                latents.append(sampler(processes.noise_from(i + first, source.shape, device), **cond))
+        return torch.cat(latents)
 
-    def judged(images):
-        return judge(images, [prompts[i * len(prompts) // few] for i in range(few)])[1]
+    return draw
+
+
+DEFECT_TIMES = (0.2, 0.5, 0.8, 0.95)  # over all t, what is wrong may average to 0
+
+
+def teacher_defect(args, source, teacher, embeddings, draw, device, dtype):
+    """{"t", "value", "standard_error"} of fgm.defect for the teacher without guidance, on a few of its own
+    samples, at the one of DEFECT_TIMES where it is furthest from 0; a warning if it is no flow's velocity.
+
+    A guided velocity is no mean and cannot be told so. A collective call."""
+    n, defects = 32 if is_miniature(source.folder) else 4, []
+    torch.manual_seed(args.seed)
+    x0 = draw(partial(fgm.sample_ode, teacher.net, steps=28), n)
+    cond = embeddings(torch.arange(n) * len(source.prompts) // n)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
+        for t in DEFECT_TIMES:
+            value, error = fgm.defect(teacher.net, x0, t, **cond)
+            defects.append({"t": t, "value": value, "standard_error": error})
+    worst = max(defects, key=lambda defect: abs(defect["value"]))
+
+    suspicious = abs(worst["value"]) > max(0.3, 5 * worst["standard_error"])
+    if suspicious and fgm.process_rank() == 0:
+        print(f"warning: the defect of {args.model} is {worst['value']:.2f} at t = {worst['t']}; a flow's "
+              "velocity has 0. Usual causes: its training paired noise with data (OT-CFM, rectified flow), "
+              "its velocity has the opposite sign, or its t runs the other way.", file=sys.stderr)
+    return worst
+
+
+def make_run(args, source, teacher, draw, dtype, out):
+    """The run in OUT: its pictures, its score, and what a resumed run must share with it."""
+    few = min(args.samples, 32)
+
+    def distance(images):
+        return judge(images, [source.prompts[i * len(source.prompts) // few] for i in range(few)])[1]
 
     folder_run = run.folder_run(args, out)
-    folder_run.picture = pipeline.pictures(
-        source.folder, out, teacher, draw, few, dtype, judged if is_miniature(source.folder) else None)
+    folder_run.picture = pipeline.make_picture(
+        source.folder, out, teacher, draw, few, dtype, distance if is_miniature(source.folder) else None)
+    real_files = [[path.relative_to(args.real).as_posix(), path.stat().st_size] for path in source.paths]
     folder_run.fingerprint = {
-        "model": str(args.model), "lora": args.lora, "prompts": digest_of(prompts), "guidance": args.guidance,
-        "height": args.height, "width": args.width, "real": args.real,
-        "real_content": gan and gan.content,
-        "gan": [args.gan_generator, args.gan_discriminator],
-        "teacher_weights": contents(source.folder, "transformer/*")}
+        "lora": args.lora, "prompts": digest_of(source.prompts), "guidance": args.guidance,
+        "height": args.height, "width": args.width, "gan": [args.gan_generator, args.gan_discriminator],
+        "real": digest_of([real_files, source.captions]) if args.real else None,
+        "teacher_weights": run.fingerprint_of(teacher.net.shared if args.lora else teacher.net)}
     return folder_run
 
 
-def score(args, source, embeddings, device, dtype, out):
+# ---- Scores ------------------------------------------------------------------------------------------------
+
+
+def score(args, source, device, dtype, out):
     """Draw with unmodified diffusers, and write pictures: {sampler: {score: value}}.
 
     The samplers are the source pipeline, with 28 steps and with 1, and OUT/pipeline. On the miniature digits
@@ -253,32 +347,49 @@ def score(args, source, embeddings, device, dtype, out):
         "teacher, 28 steps": (source.folder, 28, args.guidance),
         "teacher, 1 step": (source.folder, 1, args.guidance),
         "one step": (out / "pipeline", 1, 0)}
-    rows, drawn, prompts, miniature = {}, {}, source.prompts, is_miniature(source.folder)
-    text = (lambda indices: embeddings(indices % len(prompts))), embeddings.null
-    size, batch = (args.height, args.width), 50 if miniature else 4
+    miniature, size = is_miniature(source.folder), (args.height, args.width)
+    prompts = [source.prompts[i % len(source.prompts)] for i in range(args.samples)]
+    rows, samples = {}, {}
+
     for name, (folder, steps, guidance) in samplers.items():
-        what = f"scoring: {name}"
-        latents, seconds = pipeline.draw_latents(
-            folder, *text, args.samples, steps, guidance, size, device, dtype, args.seed, batch, what)
-        images = torch.stack(list(pipeline.decode(folder, latents, device, dtype, what)))
+        images, seconds = pipeline.draw(
+            folder, prompts, steps, guidance, size, device, dtype, args.seed, batch=50 if miniature else 4,
+            title=f"scoring: {name}")
+        images = torch.stack(list(images))
         rows[name] = {"seconds_per_image": seconds / len(images)}
-        drawn[name] = images[:240:8] if miniature else images[:8]
+        samples[name] = images[:240:8] if miniature else images[:8]
         if miniature:
-            chosen = [prompts[i % len(prompts)] for i in range(len(images))]
-            rows[name]["following"], rows[name]["pixel_frechet"] = judge(images, chosen)
-    save_samples(out, drawn)
+            rows[name]["following"], rows[name]["pixel_frechet"] = judge(images, prompts)
+            if has_held_out(source.folder):
+                rows[name] |= copy_scores(images)
+    save_samples(out, samples)
     return rows
 
 
-def report(args, rows, coefficients, seconds, out):
+def print_table(rows):
+    """{sampler: {score: value}} as a Markdown table."""
+    scores = list(rows["one step"])
+    print("| | " + " | ".join(name.replace("_", " ") for name in scores) + " |")
+    print("|---" * (len(scores) + 1) + "|")
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{row[score]:.4g}" for score in scores) + " |")
+
+
+def report(args, rows, coefficients, defect, seconds, out):
     """Write config.json and metrics.json, and print the table."""
     metric = "pixel_frechet" if "pixel_frechet" in rows["one step"] else "seconds_per_image"
     teacher = {"1": rows["teacher, 1 step"][metric], "28": rows["teacher, 28 steps"][metric]}
-    run.write_results(out, {"generator": coefficients, "settings": vars(args)}, {
+    metrics = {
         "metric": metric, "samples": args.samples, "teacher": teacher, "one_step": rows["one step"][metric],
-        "rows": rows, "seconds": seconds})
+        "rows": rows, "seconds": seconds}
     print(f"{args.model}: {args.samples} samples; {metric} of one step: {rows['one step'][metric]:.4f}")
-    print(*table(rows), sep="\n")
+    print_table(rows)
+    if defect:
+        metrics["defect"] = defect
+        value, error = defect["value"], defect["standard_error"]
+        print(f"defect of the teacher without guidance: {value:.3f} +- {error:.3f} at t = {defect['t']} "
+              "(a flow's velocity has 0)")
+    run.write_results(out, {"generator": coefficients, "settings": vars(args)}, metrics)
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     print(f"{spent}; pipeline, pictures and metrics.json in {out}")
 
@@ -288,43 +399,52 @@ def report(args, rows, coefficients, seconds, out):
 
 def main():
     args = arguments()
-    device = run.setup(args.device)
+    device = processes.setup(args.device)
     pipeline.quiet()
     bf16 = fgm.wants_bf16(args.precision, device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     if args.sample or args.geneval:
-        return run.first_process(lambda: draw_from_run(args, device, dtype))
+        return processes.first_process(lambda: draw_from_run(args, device, dtype))
 
     # The source pipeline, prompts and real images; prompts and images are encoded once.
     source, out = read_source(args, device), open_folder(args.out)
-    if fgm.process_rank() == 0:
-        print_memory(args, source.folder, source.config, source.shape, bf16, device)
-    torch.manual_seed(args.seed)
+    if not checkpoint.checkpoints(out / "checkpoints", "distill"):
+        try_one_step(args, source, device, dtype)
+        free_memory()
     cache = args.embeddings or out / "embeddings"
-    embeddings = encode_prompts(source.folder, source.prompts, cache, device, dtype)
-    gan = make_gan(args, source, device, dtype, out) if args.real else None
+    embeddings = cached_embeddings(source.folder, source.prompts, cache, device, dtype)
+    real = real_data(args, source, out, device, dtype) if args.real else None
 
-    # The networks, and Algorithm 1.
-    teacher, flow, net = networks(source.folder, args.lora, args.checkpointing, bf16, device, bool(args.real))
-    teacher = fgm.Guided(teacher, args.guidance, embeddings.null)
-    generator, distill_seconds = fgm.distill(
-        teacher, fgm.OneStepGenerator(net, args.t_star, args.c_in), flow, source.shape, eps=1e-6, extra=gan,
+    # The networks, whether the teacher is one, and Algorithm 1.
+    teacher, generator, flow, gan = make_networks(args, source, embeddings.null, real, device, bf16)
+    draw, defect = make_draw(args, source, embeddings, device, dtype), None
+    if args.model != PAPER["model"]:
+        defect = teacher_defect(args, source, teacher, embeddings, draw, device, dtype)
+    if args.compile:
+        for net in (teacher, generator.net, flow):
+            net.compile()
+    _, distill_seconds = fgm.distill(
+        teacher, generator, flow, source.shape, eps=1e-6, extra=gan,
         conditions=lambda seeds: embeddings(seeds % len(source.prompts)),
-        run=make_run(args, source, teacher, embeddings, gan, device, dtype, out),
+        run=make_run(args, source, teacher, draw, dtype, out),
         **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
 
-    # The files, and the scores.
+    # The files.
+    size, coefficients = (args.height, args.width), generator.coefficients()
     run.save_weights(generator.net, out / "generator.safetensors")
     pipeline.export(source.folder, generator, args.lora, dtype, out, source.shape)
-    coefficients = generator.coefficients()
-    del teacher, flow, net, generator, gan  # the device is for the pipelines now
+    del teacher, flow, generator, gan, draw  # the device is for the pipelines now
     free_memory()
+
+    # The scores.
     if fgm.process_rank() == 0:
+        images = f"{len(source.paths)} images" if args.real else "no images"
+        trained_on = f"{args.kimg:g} thousand samples for {len(source.prompts)} prompts, and on {images}"
+        pipeline.write_card(args.model, size, coefficients, trained_on, out)
         began = time.perf_counter()
-        rows = score(args, source, embeddings, device, dtype, out)
+        rows = score(args, source, device, dtype, out)
         seconds = {"distillation": distill_seconds, "scores": time.perf_counter() - began}
-        report(args, rows, coefficients, seconds, out)
-        write_card(source.folder, vars(args), coefficients, len(source.prompts), rows, out)
+        report(args, rows, coefficients, defect, seconds, out)
 
 
 if __name__ == "__main__":

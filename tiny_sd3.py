@@ -7,6 +7,10 @@ The folder holds what SD3's holds: transformer (MM-DiT), VAE with 16 latent chan
 and T5 with their tokenizers, scheduler; diffusers' StableDiffusion3Pipeline runs it as it runs any other.
 Transformer and VAE are trained here, on scikit-learn's 1,797 digits with captions; the text encoders stay as
 they are initialised: they tell the prompts apart, which is all that is needed.
+
+A folder that is interrupted half-way holds a file `unfinished`: the same command starts it again.
+With --hold-out a fifth of the digits is kept from the training and from OUT/images, and sd3.py reports
+whether samples are nearer to the digits that were trained on than to those.
 """
 
 import json
@@ -20,14 +24,13 @@ import torch
 import fgm
 from fgm import InputError
 from images.data import save_grid, to_uint8
-from text2image.digits import PROMPTS, SIZE, captioned_digits, captions, judge
-from text2image.pipeline import draw, quiet
-from text2image.prompts import encode
+from text2image.digits import PROMPTS, SIZE, captions, digits_to_train_on, judge
+from text2image.pipeline import UNFINISHED, draw, quiet, text_embeddings
 from text2image.transformer import SD3Velocity
 from training import flags
-from training.bars import bar, batches
-from training.files import atomically, open_folder, write_json
+from training.files import open_folder, write_json
 from training.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
+from training.progress import bar, batches
 from training.run import command
 
 TRANSFORMER = dict(
@@ -44,9 +47,11 @@ def clip_parts(words):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
-    # Letter by letter from the front, so that every word becomes one piece.
-    merges = [(word[:i], word[i] + "</w>" * (i + 1 == len(word)))
-              for word in words for i in range(1, len(word))]
+    merges = []
+    for word in words:
+        letters_of_word = [*word[:-1], word[-1] + "</w>"]
+        for i in range(1, len(word)):  # letter by letter from the front, so that every word becomes one piece
+            merges.append((word[:i], letters_of_word[i]))
     pieces = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)])
     pieces = [*pieces, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
@@ -88,8 +93,8 @@ def text_parts():
 # ---- The parts that are trained: VAE and transformer -------------------------------------------------------
 
 
-def train_vae(steps, batch=64, lr=3e-3):
-    """An AutoencoderKL for the digits: 32x32 -> 16 channels of 4x4, with SD3's shift and scale set.
+def train_vae(images, steps, batch=64, lr=3e-3):
+    """An AutoencoderKL for images [N, 3, 32, 32] in -1..1, with 16 channels of 4x4 and SD3's scaling set.
 
     Returns it and the root mean square error of its reconstruction."""
     from diffusers import AutoencoderKL
@@ -98,7 +103,6 @@ def train_vae(steps, batch=64, lr=3e-3):
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 16, 32, 32), layers_per_block=1, latent_channels=16, norm_num_groups=8,
         sample_size=SIZE, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False)
-    images, _, _ = captioned_digits()
     learner = fgm.Learner(vae, lr, (0.9, 0.999), 1e-8)
     for begin in batches(steps * batch, batch, "VAE"):
         x = images[torch.randint(len(images), (batch,))]
@@ -114,25 +118,25 @@ def train_vae(steps, batch=64, lr=3e-3):
     return vae, rms
 
 
-def train_transformer(pipe, kimg, batch, lr, seed):
+def train_transformer(pipe, digits, kimg, batch, lr, seed):
     """Train the pipeline's transformer by fgm.train_flow on latents and captions. Returns the seconds spent.
 
-    One prompt in ten is empty, for guidance."""
-    images, labels, styles = captioned_digits()
+    digits: images [N, 3, 32, 32], labels [N], styles [N]. One prompt in ten is empty, for guidance."""
+    images, labels, styles = digits
     shift, scale = pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor
     with torch.no_grad():
         latents = (pipe.vae.encode(images).latent_dist.mean - shift) * scale
-    texts = encode(pipe, [*PROMPTS, ""], torch.device("cpu"), torch.float32)
+    texts = text_embeddings(pipe, [*PROMPTS, ""], torch.device("cpu"), torch.float32)
 
     def data(seeds):
-        shown.update(len(seeds))
+        progress.update(len(seeds))
         index, choice = seeds % len(latents), seeds // len(latents)
         prompt = styles[index] * 80 + labels[index] * 8 + choice % 8
         prompt = torch.where(choice // 8 % 10 == 0, len(PROMPTS), prompt)
         return latents[index], {name: column[prompt] for name, column in texts.items()}
 
     steps = math.ceil(1000 * kimg / batch)
-    with bar("transformer", steps * batch) as shown:
+    with bar("transformer", steps * batch) as progress:
         _, seconds = fgm.train_flow(
             SD3Velocity(pipe.transformer.train()), data, steps=steps, batch=batch, lr=lr, betas=(0.9, 0.99),
             lr_warmup=50, lr_decay=2 / 3, t_flow=(0.0, 1.0), ema_decay=0.99, seed=seed)
@@ -140,26 +144,27 @@ def train_transformer(pipe, kimg, batch, lr, seed):
     return seconds
 
 
-def save_images(folder):
-    """The real digits as PNG files with captions in metadata.jsonl, for sd3.py --real."""
+def save_images(digits, folder):
+    """Digits (images, labels, styles) as PNG files with captions in metadata.jsonl, for sd3.py --real."""
     from torchvision.transforms.functional import to_pil_image
 
-    images, labels, styles = captioned_digits()
-    open_folder(folder)
+    images, labels, styles = digits
+    for old in open_folder(folder).glob("[0-9]" * 4 + ".png"):  # of a run with other flags
+        old.unlink()
     lines = []
-    digits = zip(to_uint8(images), labels.tolist(), styles.tolist(), strict=True)
-    for i, (image, label, style) in enumerate(digits):
+    rows = zip(to_uint8(images), labels.tolist(), styles.tolist(), strict=True)
+    for i, (image, label, style) in enumerate(rows):
         to_pil_image(image).save(folder / f"{i:04d}.png")
-        lines.append(json.dumps({"file_name": f"{i:04d}.png", "text": captions(style, label)[i % 8]}))
-    with atomically(folder / "metadata.jsonl") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+        lines.append(json.dumps({"file_name": f"{i:04d}.png", "text": captions(style, label)[i % 8]}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 # ---- The command -------------------------------------------------------------------------------------------
 
 FLAGS = {
-    "out": Setting(str, None, "output folder"),
+    "out": Setting(flags.path, None, "output folder"),
     "overwrite": Setting(bool, None, "replace the pipeline in OUT"),
+    "hold_out": Setting(bool, None, "train on four fifths of the digits; sd3.py then tells copies"),
     "vae_steps": Setting(int, COUNT, "training steps of the VAE"),
     "kimg": Setting(float, flags.POSITIVE, "thousand images to train the transformer on"),
     "batch": Setting(int, "[1, 1e6]", "of the transformer's training"),
@@ -170,46 +175,56 @@ FLAGS = {
 DEFAULTS = dict(out="runs/tiny-sd3", vae_steps=300, kimg=96.0, batch=32, lr=1e-2, samples=240, seed=0)
 
 
+def build(args, out):
+    """Train and save the pipeline, its prompts and its real images. Returns the number of parameters of the
+    transformer, the VAE's error and {phase: seconds}."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(args.seed)
+    began, digits = time.perf_counter(), digits_to_train_on(args.hold_out)
+    vae, rms = train_vae(digits[0], args.vae_steps)
+    vae_seconds = time.perf_counter() - began
+
+    transformer = SD3Transformer2DModel(**TRANSFORMER)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, **text_parts())
+    flow_seconds = train_transformer(pipe, digits, args.kimg, args.batch, args.lr, args.seed)
+
+    pipe.save_pretrained(out)
+    (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS), encoding="utf-8")
+    save_images(digits, out / "images")
+    parameters = sum(p.numel() for p in transformer.parameters())
+    return parameters, rms, {"vae": vae_seconds, "transformer": flow_seconds}
+
+
 def main():
     parser = Parser(
         prog="tiny_sd3.py",
         description="Build and train a miniature Stable Diffusion 3 pipeline on captioned digits.")
     add_flags(parser.add_argument, FLAGS)
     args = parser.parse_with(lambda given: DEFAULTS)
-    out = Path(args.out)
-    if (out / "model_index.json").exists() and not args.overwrite:
+    out, began = Path(args.out), time.perf_counter()
+    unfinished = out / UNFINISHED
+    if (out / "model_index.json").exists() and not unfinished.exists() and not args.overwrite:
         raise InputError(f"{out} holds a pipeline already; --overwrite replaces it")
-    out = open_folder(out)
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    # Build and train.
+    open_folder(out)
+    unfinished.write_text("python tiny_sd3.py with the same flags starts again\n", encoding="utf-8")
     quiet()
-    torch.manual_seed(args.seed)
-    began = time.perf_counter()
-    vae, rms = train_vae(args.vae_steps)
-    vae_seconds = time.perf_counter() - began
-    transformer = SD3Transformer2DModel(**TRANSFORMER)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, **text_parts())
-    flow_seconds = train_transformer(pipe, args.kimg, args.batch, args.lr, args.seed)
-    pipe.save_pretrained(out)
-    with atomically(out / "prompts.txt") as temporary:
-        temporary.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
-    save_images(out / "images")
+    parameters, rms, seconds = build(args, out)
 
     # Draw from the saved pipeline, and judge.
     prompts = (PROMPTS * math.ceil(args.samples / len(PROMPTS)))[: args.samples]
     started, cpu = time.perf_counter(), torch.device("cpu")
-    drawn = draw(out, prompts, 28, 4.0, (SIZE, SIZE), cpu, torch.float32, args.seed, what="scoring")
-    images = torch.stack(list(drawn))
+    images, _ = draw(out, prompts, 28, 4.0, (SIZE, SIZE), cpu, torch.float32, args.seed, title="scoring")
+    images = torch.stack(list(images))
     following, distance = judge(images, prompts)
     save_grid(out / "samples.png", images[:: len(images) // 64 or 1][:64])
     ended = time.perf_counter()
-    seconds = {"vae": vae_seconds, "transformer": flow_seconds, "scores": ended - started,
-               "all": ended - began}
+    seconds |= {"scores": ended - started, "all": ended - began}
     scores = {"vae_rms": rms, "following": following, "pixel_frechet": distance, "samples": len(images)}
     write_json(out / "tiny_sd3.json", scores | {"seconds": seconds, "settings": vars(args)})
-    parameters = sum(p.numel() for p in transformer.parameters())
+    unfinished.unlink()
+
     print(f"miniature SD3, {parameters:,} parameters in the transformer; "
           f"28 steps, guidance 4, {len(images)} samples")
     print(f"VAE, rms error {rms:.4f}; prompt followed {following:.1%}; pixel Frechet distance {distance:.4f}")

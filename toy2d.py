@@ -20,10 +20,11 @@ from torch import nn
 import fgm
 from points.data import DATA, toy_data
 from points.pictures import draw_frame, draw_panels, frame_steps, write_movie
-from training import flags, sizes
+from training import flags
 from training.flags import Setting
-from training.progress import scores
-from training.run import command, fingerprint_of, folder_run, save_weights, setup, shard, write_results
+from training.processes import compile_networks, setup, shard
+from training.progress import bar, make_scorer
+from training.run import command, fingerprint_of, folder_run, save_weights, with_sum, write_results
 
 # ---- Network and distance ----------------------------------------------------------------------------------
 
@@ -60,16 +61,21 @@ def energy_distance(x, y, directions=32):
     out slightly negative), by sorting in n log n: |a| is pi/2 times the mean of |<a, direction>| over all
     directions. No bandwidth is needed; the noise floor falls as 1/n, that of Wasserstein-2 as 1/sqrt(n)."""
     angle = math.pi * torch.arange(directions, dtype=torch.float64) / directions
-    axes = torch.stack([angle.cos(), angle.sin()])  # [2, directions]
+    axes = torch.stack([angle.cos(), angle.sin()], 1)  # [directions, 2]
+    px, py = axes @ x.double().cpu().T, axes @ y.double().cpu().T  # [directions, N], [directions, M]
+    n, m = len(x), len(y)
 
-    def pairs(p):  # sum over ordered pairs of |a - b|, for each direction: [directions, N] -> [directions]
-        ordered, n = p.sort(1).values, p.shape[1]
-        return 2 * ((2 * torch.arange(n, dtype=torch.float64) - n + 1) * ordered).sum(1)
+    xx, yy = sum_of_distances(px), sum_of_distances(py)
+    xy = (sum_of_distances(torch.cat([px, py], 1)) - xx - yy) / 2
+    by_direction = 2 * xy / (n * m) - xx / (n * (n - 1)) - yy / (m * (m - 1))  # [directions]
+    return (math.pi / 2 * by_direction.mean()).item()
 
-    px, py = (axes.T @ x.double().cpu().T), (axes.T @ y.double().cpu().T)  # [directions, N], [directions, M]
-    n, m, xx, yy = len(x), len(y), pairs(px), pairs(py)
-    xy = (pairs(torch.cat([px, py], 1)) - xx - yy) / 2
-    return (math.pi / 2 * (2 * xy / (n * m) - xx / (n * (n - 1)) - yy / (m * (m - 1))).mean()).item()
+
+def sum_of_distances(p):
+    """The sum of |a - b| over all ordered pairs of numbers in each row of p [R, N]: [R]."""
+    ordered, n = p.sort(1).values, p.shape[1]
+    rank = torch.arange(n, dtype=torch.float64)
+    return 2 * ((2 * rank - n + 1) * ordered).sum(1)
 
 
 # ---- The command -------------------------------------------------------------------------------------------
@@ -83,14 +89,16 @@ DEFAULTS = dict(
 )
 FLAGS = {
     "data": Setting(str, [*DATA, "all"], "what the teacher learns; all: each in turn, in OUT/DATA"),
-    "out": Setting(str, None, "output folder (default: runs/DATA)"),
+    "out": Setting(flags.path, None, "output folder (default: runs/DATA)"),
     "teacher_steps": Setting(int, flags.COUNT, "training steps of the teacher"),
     **flags.TEACHER_FLAGS,
     "steps": Setting(int, flags.COUNT, "distillation steps"),
     "samples": Setting(int, "[2, 1e6]", "samples that each distance is measured on"),
     "movie": Setting(bool, None, "write movie.gif, the generator's samples over training"),
 }
-DEVICE_FLAG = {"device": Setting(str, None, "cpu or cuda, which is no faster: a step is 540 small kernels")}
+DEVICE_FLAG = {"device": Setting(str, None, "cpu or cuda (no faster: a step is 540 small kernels)")}
+TRAINING_SAMPLES = 200_000
+SCORED = 20_000  # samples at most of a score in the log
 ODE_STEPS = (1, 2, 5, 10, 50)
 HEUN_STEPS = 25  # 49 evaluations
 
@@ -99,138 +107,167 @@ def arguments():
     about = "Distil a 2-D flow model into a one-step generator (FGM, arXiv 2410.19310)."
     parser = flags.Parser(prog="toy2d.py", description=about)
     flags.add_flags(parser.add_argument, FLAGS)
+    flags.add_flags(parser.add_argument_group("run").add_argument, flags.RUN_FLAGS | DEVICE_FLAG)
     group = parser.add_argument_group("distillation (Algorithm 1)")
     flags.add_flags(group.add_argument, flags.DISTILLATION_FLAGS)
-    flags.add_flags(parser.add_argument_group("run").add_argument, flags.RUN_FLAGS | DEVICE_FLAG)
     return parser.parse_with(lambda given: DEFAULTS | {"data": "8gaussians"})
 
 
 def main():
     args = arguments()
     device = setup(args.device)
-    sizes.check_sizes(args, device, values=2, kept=1024, scored=2048)
+    fgm.micro_batches(args.batch, args.micro_batch)  # raises InputError if they do not divide
     out = Path(args.out or f"runs/{args.data}")
-    folders = {name: out / name for name in DATA} if args.data == "all" else {args.data: out}
-    runs = {name: folder_run(args, folder) for name, folder in folders.items()}  # locks all before one starts
-    found = {name: distil(args, name, device, run) for name, run in runs.items()}
-    if fgm.process_rank():
+    folders = {args.data: out}
+    if args.data == "all":
+        folders = {name: out / name for name in DATA}
+
+    # All folders are locked before the first run starts.
+    runs = {name: folder_run(args, folder, unit="steps") for name, folder in folders.items()}
+    metrics = {}
+    for name, run in runs.items():
+        metrics[name] = train_and_score(args, name, device, run)
+
+    if fgm.process_rank() > 0:
         return
     if args.data == "all":
-        write_results(out, {"settings": vars(args)}, {"metric": "energy distance", "data": found})
-        print_summary(found, args.samples)
+        write_results(out, {"settings": vars(args)}, {"metric": "energy distance", "data": metrics})
+        print_summary(metrics, args.samples)
     else:
-        print_table(args.data, found[args.data], out)
+        print_table(args.data, metrics[args.data], out)
 
 
-def distil(args, name, device, run):
-    """Train a teacher of the data set name, distil it; returns the scores (on the first process)."""
-    began = time.perf_counter()
+def train_and_score(args, name, device, run):
+    """Train a teacher of the data set, distil it, score both. Returns the metrics (on the first process)."""
     torch.manual_seed(args.seed)
     net = VelocityMLP().to(device)
-    generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
-    run.fingerprint = {"data": name}
-    data = toy_data(name, 200_000, args.seed).to(device)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for network in (teacher, flow, net):
         shard(network)
+    if args.compile:
+        compile_networks(teacher, flow, net)
+    generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
+    data = toy_data(name, TRAINING_SAMPLES, args.seed).to(device)
+
+    run.fingerprint = {"data": name}
     teacher, teacher_seconds = fgm.train_flow(
         teacher, lambda seeds: (data[(seeds % len(data)).to(device)], {}), steps=args.teacher_steps,
-        run=run, **flags.teacher_settings(args),
-    )
+        run=run, **flags.teacher_settings(args))
+
     net.load_state_dict(teacher.state_dict())
     flow.load_state_dict(teacher.state_dict())
-    run.fingerprint |= {"teacher_weights": fingerprint_of(teacher)}
-    few = min(args.samples, 20_000)
-    test, z = toy_data(name, few, args.seed + 1), fgm.Draws(few, device, args.seed, fgm.SCORES).normal((2,))
-    scored = scores(teacher, lambda sampler: energy_distance(sampler(z), test))
-
-    def picture(step, generator):
-        if args.movie:
-            if step not in frame_steps(args.steps):
-                return None
-            draw_frame(run.out / "movie", step, generator, data, args.seed)
-        return scored(step, generator)
-
-    run.picture = picture
+    run.fingerprint = {"data": name, "teacher_weights": fingerprint_of(teacher)}
+    run.picture = make_picture(args, name, data, teacher, run.out)
     if args.movie:
         run.picture_every = frame_steps(args.steps)[0]
-    generator, distill_seconds = fgm.distill(
-        teacher, generator, flow, (2,), run=run, **flags.distillation_settings(args, args.steps)
-    )
+    generator, distillation_seconds = fgm.distill(
+        teacher, generator, flow, (2,), run=run, **flags.distillation_settings(args, args.steps))
+
     save_weights(teacher, run.out / "teacher.safetensors")
     save_weights(generator.net, run.out / "generator.safetensors")
-    seconds = {"teacher": teacher_seconds, "distillation": distill_seconds}
-    return score(args, name, device, teacher, generator, seconds, began, run.out)
+    seconds = {"teacher": teacher_seconds, "distillation": distillation_seconds}
+    return score(args, name, device, teacher, generator, seconds, run.out)
 
 
-def score(args, name, device, teacher, generator, seconds, began, out):
-    """Draw from teacher and generator with the same noise; write scores and pictures, return the scores."""
-    scoring = time.perf_counter()
+def make_picture(args, name, data, teacher, out):
+    """A picture(step, generator) for FolderRun: scores for the log and, with --movie, a frame."""
+    n = min(args.samples, SCORED)
+    test = toy_data(name, n, args.seed + 1)
+    z = fgm.Draws(n, data.device, args.seed, fgm.SCORES).normal((2,))
+    score_of = make_scorer(teacher, lambda sampler: energy_distance(sampler(z), test))
+
+    def picture(step, generator):
+        if args.movie and step not in frame_steps(args.steps):
+            return None
+        if args.movie:
+            draw_frame(out / "movie", step, generator, data, args.seed)
+        return score_of(step, generator)
+
+    return picture
+
+
+def score(args, name, device, teacher, generator, seconds, out):
+    """Draw from teacher and generator with the same noise, write scores and pictures. Returns the metrics.
+
+    seconds: {phase: seconds} so far. Every process draws; None on all but the first."""
+    began = time.perf_counter()
     test = toy_data(name, args.samples, args.seed + 1)
     z = fgm.Draws(args.samples * fgm.world_size(), device, args.seed, fgm.SCORES).normal((2,))
-    drawn = {steps: fgm.sample_ode(teacher, z, steps) for steps in ODE_STEPS}
-    heun = fgm.sample_ode(teacher, z, HEUN_STEPS, "heun")
-    with torch.no_grad():
+    with bar("scoring"), torch.no_grad():
+        by_steps = {steps: fgm.sample_ode(teacher, z, steps) for steps in ODE_STEPS}
+        heun = fgm.sample_ode(teacher, z, HEUN_STEPS, "heun")
         one_step = generator(z)
         slow = seconds_to_draw(lambda: fgm.sample_ode(teacher, z[:10_000], 50), 3)
         fast = seconds_to_draw(lambda: generator(z[:10_000]), 21)
-    if fgm.process_rank():
+    if fgm.process_rank() > 0:
         return None
+
     floors = [energy_distance(toy_data(name, args.samples, args.seed + 2 + i), test) for i in range(5)]
     metrics = {
-        "metric": "energy distance", "samples": args.samples,
+        "metric": "energy distance",
+        "samples": args.samples,
         "noise_floor": (sum(floor**2 for floor in floors) / len(floors)) ** 0.5,
-        "teacher": {str(steps): energy_distance(x, test) for steps, x in drawn.items()},
+        "teacher": {str(steps): energy_distance(x, test) for steps, x in by_steps.items()},
         "teacher_heun": {str(HEUN_STEPS): energy_distance(heun, test)},
-        "one_step": energy_distance(one_step, test), "draw_10000_s": {"50": slow, "one_step": fast},
+        "one_step": energy_distance(one_step, test),
+        "draw_10000_s": {"50": slow, "one_step": fast},
     }
-    panels = {"teacher, 1 step": drawn[1], "teacher, 50 steps": drawn[50], "one step": one_step}
-    draw_panels(out / "samples.png", {"data": test} | panels)
+
+    panels = {"data": test, "teacher, 1 step": by_steps[1], "teacher, 50 steps": by_steps[50]}
+    draw_panels(out / "samples.png", panels | {"one step": one_step})
     if args.movie:
         write_movie(out / "movie", out / "movie.gif", frame_steps(args.steps))
-    now = time.perf_counter()
-    metrics["seconds"] = seconds | {"scores": now - scoring, "all": now - began}
-    write_results(out, {
-        "settings": vars(args) | {"data": name, "out": str(out)}, "generator": generator.coefficients(),
-        "network": {"dim": 2, "width": 128, "depth": 4, "freqs": 32, "times": 8}}, metrics)
+
+    metrics["seconds"] = with_sum(seconds | {"scores": time.perf_counter() - began})
+    config = {
+        "settings": vars(args) | {"data": name, "out": str(out)},
+        "generator": generator.coefficients(),
+        "network": {"dim": 2, "width": 128, "depth": 4, "freqs": 32, "times": 8},
+    }
+    write_results(out, config, metrics)
     return metrics
-
-
-def print_table(name, metrics, out):
-    print(f"{name}: energy distance to the data x 1000, {metrics['samples']:,} samples")
-    rows = {"data against data (floor, rms of 5)": metrics["noise_floor"]}
-    for steps, value in metrics["teacher"].items():
-        rows[f"teacher, {steps} step{'s' * (steps != '1')}"] = value
-    rows |= {f"teacher, {steps} Heun steps": value for steps, value in metrics["teacher_heun"].items()}
-    for label, value in (rows | {"one-step generator": metrics["one_step"]}).items():
-        print(f"  {label:36} {1000 * value:9.3f}")
-    slow, fast = metrics["draw_10000_s"]["50"], metrics["draw_10000_s"]["one_step"]
-    print("  " + ", ".join(f"{phase} {value:.1f} s" for phase, value in metrics["seconds"].items()))
-    print(f"  10,000 samples: {slow:.3f} s with 50 steps, {fast:.4f} s with one, "
-          f"{slow / fast:.0f} times faster; see {out}/samples.png")
-
-
-def print_summary(found, samples):
-    """One table of several data sets. found: {name: metrics}."""
-    titles = ["floor", *(f"{steps} steps" for steps in ODE_STEPS), f"{HEUN_STEPS} Heun", "one step"]
-    print(f"energy distance to the data x 1000, {samples:,} samples")
-    print(f"{'':13}" + "".join(f"{title:>10}" for title in titles))
-    for name, metrics in found.items():
-        teacher = [*metrics["teacher"].values(), *metrics["teacher_heun"].values()]
-        values = [metrics["noise_floor"], *teacher, metrics["one_step"]]
-        print(f"{name:13}" + "".join(f"{1000 * value:10.3f}" for value in values))
 
 
 def seconds_to_draw(draw, repeats):
     """Median wall time of draw()."""
-    spent = []
+    times = []
     for _ in range(repeats):
         began = time.perf_counter()
         draw()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        spent.append(time.perf_counter() - began)
-    return sorted(spent)[repeats // 2]
+        times.append(time.perf_counter() - began)
+    return sorted(times)[repeats // 2]
+
+
+def print_table(name, metrics, out):
+    """The scores of one data set, a row each."""
+    rows = {"data against data (floor, rms of 5)": metrics["noise_floor"]}
+    for steps, value in metrics["teacher"].items():
+        label = "teacher, 1 step" if steps == "1" else f"teacher, {steps} steps"
+        rows[label] = value
+    for steps, value in metrics["teacher_heun"].items():
+        rows[f"teacher, {steps} Heun steps"] = value
+    rows["one-step generator"] = metrics["one_step"]
+
+    print(f"{name}: energy distance to the data x 1000, {metrics['samples']:,} samples")
+    for label, value in rows.items():
+        print(f"  {label:36} {1000 * value:9.3f}")
+    print("  " + ", ".join(f"{phase} {value:.1f} s" for phase, value in metrics["seconds"].items()))
+    slow, fast = metrics["draw_10000_s"]["50"], metrics["draw_10000_s"]["one_step"]
+    print(f"  10,000 samples: {slow:.3f} s with 50 steps, {fast:.4f} s with one, "
+          f"{slow / fast:.0f} times faster; see {out}/samples.png")
+
+
+def print_summary(metrics, samples):
+    """The scores of several data sets, {name: metrics}, a row each."""
+    titles = ["floor", *(f"{steps} steps" for steps in ODE_STEPS), f"{HEUN_STEPS} Heun", "one step"]
+    print(f"energy distance to the data x 1000, {samples:,} samples")
+    print(f"{'':13}" + "".join(f"{title:>10}" for title in titles))
+    for name, of_data in metrics.items():
+        teacher = [*of_data["teacher"].values(), *of_data["teacher_heun"].values()]
+        values = [of_data["noise_floor"], *teacher, of_data["one_step"]]
+        print(f"{name:13}" + "".join(f"{1000 * value:10.3f}" for value in values))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fgm import InputError, per_sample, process_rank, world_size
-from training.bars import bar, batches
-from training.run import atomically, first_process, moved, noise_from
-from training.sizes import check_memory
+from training.files import atomically
+from training.processes import first_process, noise_from, to_device
+from training.progress import bar, batches
 
 # ---- Pixels and image files --------------------------------------------------------------------------------
 
@@ -34,44 +34,28 @@ def to_uint8(x):
 
 
 def read_image(path):
-    """A PIL image in RGB, on white where transparent, whatever the file's mode, turned as its EXIF data say.
+    """A PIL image in RGB, on white where transparent, turned as its EXIF data say.
 
-    Raises InputError, naming it, if it cannot be read, is no regular file (a pipe would be waited for) or
-    holds several pictures."""
+    Raises InputError, naming the file, unless it is a still image of 8 bits a channel that can be read."""
     from PIL import Image, ImageOps
 
     try:
         if not Path(path).is_file():
-            raise OSError("it is no regular file")
+            raise ValueError("it is not a regular file")
         with Image.open(path) as image:
             # A photograph in MPO format holds itself and previews.
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                raise ValueError("it is animated or has pages")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("it has 16 or more bits a channel: convert it to 8")
+
             image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":
-                image = eight_bits(image)
-            elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("RGB")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image.convert("RGB")
     except Exception as error:  # the decoders raise what they like
         raise InputError(f"cannot read the image {path} ({error}); fix or remove it") from error
-    if frames > 1:
-        raise InputError(f"the image {path} is animated or has pages: it holds {frames} pictures, not one")
-    return image
-
-
-def eight_bits(image):
-    """A PIL image of 16-bit values 0..65535 (modes I;16 and I) or floats 0..1 (mode F), in RGB.
-
-    Raises ValueError for other values."""
-    from PIL import Image
-
-    values, top = np.asarray(image), 1 if image.mode == "F" else 65535
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= top):  # nor if one is NaN
-        raise ValueError(f"its values {low:g}..{high:g} are not in 0..{top}")
-    if top > 1 and 0 < high < 256:
-        raise ValueError(f"its values {low:g}..{high:g} are of 8 bits, in a file of 16 that is all but black")
-    return Image.fromarray(np.rint(values / (top / 255)).astype(np.uint8)).convert("RGB")
 
 
 def save_grid(path, images, columns=10, titles=(), least=600):
@@ -86,9 +70,11 @@ def save_grid(path, images, columns=10, titles=(), least=600):
     rows = math.ceil(n / columns)
     zoom = math.ceil(least / (columns * w))
     h, w, gap = h * zoom, w * zoom, max(2, w * zoom // 16)
+
     font = ImageFont.load_default(16)
     margin = math.ceil(max((font.getlength(title) + 2 * gap for title in titles), default=0))
     canvas = Image.new("RGB", (margin + columns * (w + gap) + gap, rows * (h + gap) + gap), "white")
+
     pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, 3]
     for i, image in enumerate(pixels.numpy()):
         corner = margin + gap + i % columns * (w + gap), gap + i // columns * (h + gap)
@@ -96,24 +82,26 @@ def save_grid(path, images, columns=10, titles=(), least=600):
     for i, title in enumerate(titles):
         middle = gap + i * (h + gap) + h // 2
         ImageDraw.Draw(canvas).text((gap, middle), title, "black", font, "lm")
+
     with atomically(path) as temporary:
         canvas.save(temporary)
 
 
-def save_samples(out, drawn):
-    """Pictures of {title: uint8 images [N, C, H, W], the same seeds in each}, written into the folder out.
+def save_samples(out, samples):
+    """Pictures of {title: uint8 images [N, C, H, W], from the same noise}, written into the folder out.
 
     samples.png has a row for each title; TITLE.png has all images, one-step.png for instance."""
-    for title, images in drawn.items():
+    for title, images in samples.items():
         save_grid(out / f"{title.replace(', ', '-').replace(' ', '-')}.png", images)
-    if drawn:
-        rows = [images[:10] for images in drawn.values()]
-        save_grid(out / "samples.png", torch.cat(rows), len(rows[0]), list(drawn))
+    if samples:
+        rows = [images[:10] for images in samples.values()]
+        save_grid(out / "samples.png", torch.cat(rows), len(rows[0]), list(samples))
 
 
 # ---- Data sets ---------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+LEFT_BY_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 class Images(NamedTuple):
@@ -131,15 +119,18 @@ class Images(NamedTuple):
         """A checksum of pixels and labels."""
         return f"{zlib.crc32(self.labels.numpy(), zlib.crc32(self.pixels.numpy())):08x}"
 
+    def rows(self, positions):
+        """The images at some positions."""
+        return self._replace(pixels=self.pixels[positions], labels=self.labels[positions])
+
 
 def load_images(data, resolution=None, cond=False):
     """The training images of "cifar10" (downloaded on first use), "digits" (scikit-learn's, no network),
     or a folder with one sub-folder per class. Returns Images.
 
-    Folders: greyscale and palette become RGB, what is transparent white. resolution: CIFAR-10 is shrunk to
-    it, images of a folder are cropped to their central square and resized. Raises InputError, naming the
-    file, for images that cannot be read or, without resolution, are not all of one square size; and for data
-    sets that cannot be had."""
+    resolution: CIFAR-10 is shrunk to it, images of a folder are cropped to their central square and resized.
+    Raises InputError, naming the file, for images that cannot be read or, without resolution, are not all of
+    one square size; and for data sets that cannot be had."""
     if data == "digits":
         values, labels = digits()
         pixels = (values * 255 / 16).round().to(torch.uint8)[:, None]  # [N, 8, 8] -> [N, 1, 8, 8]
@@ -150,6 +141,7 @@ def load_images(data, resolution=None, cond=False):
             images = images._replace(pixels=shrunk(images.pixels, resolution).round().to(torch.uint8))
     else:
         images = image_folder(Path(data), resolution)
+
     if cond and len(images.classes) < 2:
         raise InputError(f"--cond needs at least two classes, {data} has {len(images.classes)}")
     if resolution and images.pixels.shape[-1] != resolution:
@@ -175,87 +167,123 @@ def digits():
 
 
 def cifar10():
-    """CIFAR-10's training images; the first process downloads. Raises InputError on all if that fails."""
+    """CIFAR-10's training images; the first process downloads.
+
+    Raises InputError, on all processes, if they cannot be downloaded or kept."""
     from torchvision.datasets import CIFAR10
 
-    root = Path.home() / ".cache" / "cifar10"
+    cache_folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache_folder.startswith("~"):
+        raise InputError("there is no home folder to keep CIFAR-10 in: set XDG_CACHE_HOME to a folder")
+    root = Path(cache_folder) / "cifar10"
 
     def download():
         try:
             CIFAR10(root, download=True)
         except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
-            raise InputError(f"cannot download CIFAR-10 to {root} ({error}); try --data digits "
-                             "(no download), or --data DIR for a folder of images") from error
+            raise InputError(f"cannot download CIFAR-10 to {root} ({error}): try again, or set "
+                             "XDG_CACHE_HOME to another folder, or give --data digits or a folder") from error
 
     first_process(download)
     dataset = CIFAR10(root)
     return Images(channels_first(dataset.data), torch.tensor(dataset.targets), dataset.classes)
 
 
-def refuse_link_out(path, folder):
-    """Raise InputError if a path in a folder is a link, or lies behind one, that leads out of it."""
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise InputError(f"{path} is a link out of {folder}, which is not followed; copy it there")
+def passed_over(path):
+    """Whether a file or folder is hidden, or was left by an operating system and is no data."""
+    return path.name.startswith(".") or path.name in LEFT_BY_SYSTEMS
 
 
 def image_files(folder, suffixes=IMAGE_SUFFIXES):
-    """The image files at any depth in a folder, sorted; none that is hidden or in a hidden folder.
+    """The files with such suffixes at any depth in a folder, sorted; nothing that is passed over.
 
-    Files of other kinds are counted aloud. Raises InputError for a link out of the folder."""
-    paths = [path.relative_to(folder) for path in folder.rglob("*")]
-    paths = [folder / path for path in sorted(paths) if not any(part[0] == "." for part in path.parts)]
-    for path in paths:
-        refuse_link_out(path, folder)
-    others = [path for path in paths if path.suffix.lower() not in suffixes and path.is_file()]
-    if others and process_rank() == 0:
-        print(f"{len(others)} files in {folder} are of other kinds and left out, {others[0]} the first")
-    return [path for path in paths if path.suffix.lower() in suffixes]
+    Files of other kinds are counted aloud."""
+    files, other_files = [], []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if any(passed_over(part) for part in (inside, *inside.parents)):
+            continue
+        if path.suffix.lower() in suffixes:
+            files.append(path)
+        elif path.is_file():
+            other_files.append(path)
+
+    if other_files and process_rank() == 0:
+        print(f"{len(other_files)} files in {folder} are of other kinds and left out, {other_files[0]} the "
+              "first")
+    return files
 
 
 def image_folder(root, resolution):
-    """load_images for a folder: every sub-folder of root is a class, its images lie at any depth inside.
-
-    What is hidden, such as .ipynb_checkpoints, is left out."""
-    from PIL import Image, ImageOps
-
+    """load_images for a folder: every sub-folder of root is a class, its images lie at any depth inside."""
     if not root.is_dir():
         raise InputError(f"unknown data set {str(root)!r}: neither cifar10, digits nor a folder")
-    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    folders = [path for path in root.iterdir() if path.is_dir() and not passed_over(path)]
     folders.sort(key=lambda folder: folder.name)
     if not folders:
         raise InputError(f"{root} has no sub-folders; it needs one a class, with the images inside")
-    labelled = []
+
+    paths, labels = [], []
     with bar(f"listing {root}"):
         for label, folder in enumerate(folders):
-            refuse_link_out(folder, root)
-            paths = image_files(folder)
-            if not paths:
+            files = image_files(folder)
+            if not files:
                 raise InputError(f"{root} has no images in its sub-folder {folder.name}")
-            labelled += [(label, path) for path in paths]
-    check_memory(f"--resolution {resolution}", 3 * (resolution or 1) ** 2 * len(labelled))
+            paths += files
+            labels += [label] * len(files)
     classes = [folder.name for folder in folders]
     if process_rank() == 0:
-        print(f"{len(labelled):,} images of {len(classes)} classes in {root}: {', '.join(classes)}"[:500])
+        print(f"{len(paths):,} images of {len(classes)} classes in {root}: {', '.join(classes)}"[:500])
+
     pixels = []
-    with bar(f"reading {root}", len(labelled)) as shown:
-        for _, path in labelled:
+    with bar(f"reading {root}", len(paths)) as progress:
+        for path in paths:
             image = read_image(path)
             if resolution:
-                method = Image.Resampling.BOX if min(image.size) >= resolution else Image.Resampling.BICUBIC
-                image = ImageOps.fit(image, (resolution, resolution), method)  # its central square, resized
-            elif image.width != image.height or (pixels and image.width != pixels[0].shape[0]):
-                first = f"{pixels[0].shape[1]}x{pixels[0].shape[0]}" if pixels else "square"
-                raise InputError(f"{path} is {image.width}x{image.height}, not {first}; "
+                image = central_square(image, resolution)
+            side = pixels[0].shape[0] if pixels else image.width
+            if image.size != (side, side):
+                raise InputError(f"{path} is {image.width}x{image.height}, not {side}x{side}; "
                                  "--resolution R makes all images one size")
             pixels.append(np.asarray(image))
-            shown.update()
-    labels = torch.tensor([label for label, _ in labelled])
-    return Images(channels_first(np.stack(pixels)), labels, classes)
+            progress.update()
+    return Images(channels_first(np.stack(pixels)), torch.tensor(labels), classes)
+
+
+def central_square(image, resolution):
+    """The central square of a PIL image, averaged to resolution x resolution, or enlarged smoothly."""
+    from PIL import Image, ImageOps
+
+    method = Image.Resampling.BOX if min(image.size) >= resolution else Image.Resampling.BICUBIC
+    return ImageOps.fit(image, (resolution, resolution), method)
 
 
 def channels_first(pixels):
     """A uint8 numpy array [N, R, R, C] as a tensor [N, C, R, R]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # [N, R, R, C] -> [N, C, R, R]
+
+
+def random_order(n):
+    """A fixed random permutation of 0..n-1."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
+def split(labels, n):
+    """(positions of n images, positions of the others): a fixed random choice among labels [N], in which
+    each class has its share, up to one image."""
+    order = random_order(len(labels))
+    order = order[labels[order].argsort(stable=True)]  # by class, at random within
+    chosen = torch.arange(n) * len(order) // n
+    others = torch.ones(len(order), dtype=torch.bool)
+    others[chosen] = False
+    return order[chosen], order[others]
+
+
+def condition(labels, label_dim, device):
+    """What a network takes for labels [B]: {"class_labels": one-hot [B, label_dim]}, {} for label_dim 0."""
+    if not label_dim:
+        return {}
+    return {"class_labels": F.one_hot(labels, label_dim).float().to(device)}
 
 
 def data_functions(images, label_dim, flip, device):
@@ -264,12 +292,10 @@ def data_functions(images, label_dim, flip, device):
     n = len(pixels)
 
     def conditions(seeds):
-        if not label_dim:
-            return {}
-        return {"class_labels": F.one_hot(labels[moved(seeds, device) % n], label_dim).float()}
+        return condition(labels[to_device(seeds, device) % n], label_dim, device)
 
     def data(seeds):
-        cond, seeds = conditions(seeds), moved(seeds, device)
+        cond, seeds = conditions(seeds), to_device(seeds, device)
         x = to_float(pixels[seeds % n])
         if flip:
             flipped = per_sample(seeds // n % 2 == 1, x)
@@ -282,47 +308,40 @@ def data_functions(images, label_dim, flip, device):
 # ---- Drawing samples ---------------------------------------------------------------------------------------
 
 
-def labels_of(indices, class_counts, seed=0):
-    """Labels of the samples with these indices, int64 [B] each, as often as the data has each class.
-
-    Sample i gets the label of image (i + seed) step modulo N of the N data, ordered by class. The step has no
-    factor in common with N, so that N samples have each class exactly as often as the data; and it is near
-    the golden section of N, so that fewer are spread as evenly as a lattice of one dimension can."""
-    n = sum(class_counts)
-    step = round(n * (math.sqrt(5) - 1) / 2)
-    while math.gcd(step, n) > 1:
-        step += 1
-    positions = (indices + seed) % n * step % n
-    return torch.searchsorted(torch.tensor(class_counts).cumsum(0), positions, right=True)
+def labels_of(indices, class_counts):
+    """Labels of the samples with these indices, int64 [B] each: sample i has the label of image i modulo N of
+    the N data, in a fixed random order. So N samples have each class exactly as often as the data. Without
+    classes all labels are 0."""
+    if not class_counts:
+        return torch.zeros_like(indices)
+    labels = torch.arange(len(class_counts)).repeat_interleave(torch.tensor(class_counts))  # [N]
+    return labels[random_order(len(labels))[indices % len(labels)]]
 
 
-def draw_images(sampler, n, shape, class_counts, device, seed=0, classes=None, batch=None, what=None):
+def draw_images(sampler, n, shape, class_counts, device, seed=0, classes=None, batch=None, title=None):
     """n images of sampler(noise, **cond) -> x0, uint8 [n, *shape], and their labels [n], on every CPU.
 
     class_counts: how many images of each class the data has, empty if the sampler takes no labels. Image i
     has the label of labels_of, or classes[i % len(classes)] if classes are given, and noise that depends on
     (seed, i) alone. A collective call: the processes share each batch (default: 500 images, or fewer of more
     than 32x32 pixels). A last batch that is not full is filled with images that are dropped, because sharded
-    networks must be called by all processes. what: the title of a progress bar."""
-    check_memory(f"{n} images", 2 * n * math.prod(shape))
-    batch = batch or max(1, 500 * 32**2 // max(32**2, math.prod(shape[1:])))
+    networks must be called by all processes. title: that of a progress bar, None for no bar."""
+    if batch is None:
+        batch = max(1, 500 * 32**2 // max(32**2, math.prod(shape[1:])))
     share = math.ceil(min(batch, n) / world_size())
     size = share * world_size()
     indices = torch.arange(math.ceil(n / size) * size)
-    if not class_counts:
-        labels = torch.zeros_like(indices)
-    elif classes is None:
-        labels = labels_of(indices, class_counts, seed)
-    else:
+
+    labels = labels_of(indices, class_counts)
+    if classes:
         labels = torch.tensor(classes)[indices % len(classes)]
+
     images = []
-    for begin in batches(n, size, what):
-        mine = indices[begin + process_rank() * share :][:share]
-        cond = {}
-        if class_counts:
-            cond["class_labels"] = F.one_hot(labels[mine], len(class_counts)).float().to(device)
+    for begin in batches(n, size, title):
+        own = indices[begin + process_rank() * share :][:share]
+        cond = condition(labels[own], len(class_counts), device)
         with torch.no_grad():
-            part = to_uint8(sampler(noise_from(seed * 2**32 + mine, shape, device), **cond))
+            part = to_uint8(sampler(noise_from(seed * 2**32 + own, shape, device), **cond))
         if world_size() > 1:
             parts = [torch.empty_like(part) for _ in range(world_size())]
             dist.all_gather(parts, part)

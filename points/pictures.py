@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fgm import InputError
-from training.run import atomically, open_folder
+from training.files import atomically, open_folder
 
 EDGE, BINS = 2.4, 60  # half the width of a picture; bins of a histogram, each way
 FRAMES = 30  # of a movie

@@ -8,6 +8,8 @@ import torch
 from helpers import drive_here
 
 import tiny_sd3
+from text2image.digits import PROMPTS
+from text2image.prompts import cached_embeddings
 
 NORMS = {"qk_norm": "rms_norm", "pos_embed_max_size": 8}  # larger than the latents, as SD3.5's 384
 SHAPES = {
@@ -42,3 +44,10 @@ def models(model, tmp_path_factory):
         torch.manual_seed(0)
         SD3Transformer2DModel(**SHAPES[shape]).save_pretrained(folders[shape] / "transformer")
     return folders
+
+
+@pytest.fixture(scope="session")
+def embeddings(model, tmp_path_factory):
+    """Of the prompts, by the text encoders that all shapes share."""
+    cache = tmp_path_factory.mktemp("embeddings")
+    return cached_embeddings(model, PROMPTS, cache, torch.device("cpu"), torch.float32)

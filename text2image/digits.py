@@ -9,16 +9,15 @@ from torch.nn import functional as F
 
 from fgm import InputError
 from images.data import digits, to_float
-from images.scores import Judge, frechet_distance
+from images.scores import Judge, copy_ratio, frechet_distance, random_order
+from training.files import read_json
 
 SIZE = 32  # pixels
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("{}", "the digit {}", "number {}", "a handwritten {}")
 STYLES = ("{}, thin", "{}", "{}, bold")
 
-
-def is_miniature(folder):
-    return (Path(folder) / "tiny_sd3.json").exists()
+# ---- Digits and their captions -----------------------------------------------------------------------------
 
 
 def captions(style, digit):
@@ -43,6 +42,36 @@ def captioned_digits():
     return images.contiguous(), labels, styles
 
 
+def digits_to_train_on(hold_out):
+    """captioned_digits, or with hold_out without the fifth of them that split_rows holds out."""
+    if not hold_out:
+        return captioned_digits()
+    training_rows, _ = split_rows()
+    return tuple(values[training_rows] for values in captioned_digits())
+
+
+def split_rows():
+    """(rows of the digits to train on [1438], rows of the fifth that is held out [359]), a fixed choice."""
+    order = random_order(len(captioned_digits()[0]))
+    number = len(order) // 5
+    return order[number:].sort().values, order[:number].sort().values
+
+
+# ---- What a miniature's folder says about it ---------------------------------------------------------------
+
+
+def is_miniature(folder):
+    return (Path(folder) / "tiny_sd3.json").exists()
+
+
+def has_held_out(folder):
+    """Whether this miniature was made with --hold-out."""
+    return bool(read_json(Path(folder) / "tiny_sd3.json")["settings"].get("hold_out"))
+
+
+# ---- The judge ---------------------------------------------------------------------------------------------
+
+
 def grey_values(images):
     """Images [N, 3, 32, 32] in -1..1 as the 64 grey values that a digit has: [N, 64]."""
     return F.avg_pool2d(images.mean(1, keepdim=True), SIZE // 8).flatten(1)  # [N, 1, 8, 8] -> [N, 64]
@@ -57,10 +86,10 @@ def digit_judge():
 
 def digit_of(prompt):
     """The one digit that a prompt names, by word or figure. Raises InputError unless there is exactly one."""
-    found = [digit for digit, name in enumerate(NAMES) if re.search(rf"\b({name}|{digit})\b", prompt)]
-    if len(found) != 1:
+    named = [digit for digit, name in enumerate(NAMES) if re.search(rf"\b({name}|{digit})\b", prompt)]
+    if len(named) != 1:
         raise InputError(f"the prompt {prompt!r} does not name one digit")
-    return found[0]
+    return named[0]
 
 
 def judge(images, prompts):
@@ -72,3 +101,18 @@ def judge(images, prompts):
     real, classifier = digit_judge()
     following = classifier.agrees(drawn, labels).double().mean().item()
     return following, frechet_distance(real, drawn)
+
+
+def copy_scores(images):
+    """Whether samples, uint8 [N, 3, 32, 32], are copies of the digits that a miniature was trained on.
+
+    Returns the Fréchet distances to 359 digits that were trained on and to the 359 held out, as many so that
+    they can be compared, and images.scores.copy_ratio, which is 1 where nothing is copied."""
+    real, _ = digit_judge()
+    drawn = grey_values(to_float(images))
+    training_rows, held_out_rows = split_rows()
+    as_many = training_rows[random_order(len(training_rows))[: len(held_out_rows)]]
+    return {
+        "to_training": frechet_distance(real[as_many], drawn),
+        "to_held_out": frechet_distance(real[held_out_rows], drawn),
+        "copy_ratio": copy_ratio(drawn, real[training_rows], real[held_out_rows])}

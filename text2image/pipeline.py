@@ -1,10 +1,12 @@
-"""Stable Diffusion 3 pipelines: the source, the exported one-step pipeline, images from them."""
+"""Stable Diffusion 3 pipelines: found and loaded, exported after distillation, and images drawn with them."""
 
+import gc
 import json
-import math
 import shutil
 import time
+import warnings
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -13,17 +15,15 @@ import fgm
 from fgm import InputError
 from images.data import save_grid, to_uint8
 from images.scores import frechet_distance
-from text2image import prompts
-from training.bars import bar, batches
-from training.files import atomically, open_folder, reason, save_tensors
-from training.progress import scores
-from training.run import noise_from, read_json
+from training.files import atomically, open_folder, read_json, reason, save_tensors
+from training.processes import noise_from
+from training.progress import bar, batches, make_scorer
 
-# ---- The source pipeline -----------------------------------------------------------------------------------
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("transformer", "vae", "scheduler", *ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
+UNFINISHED = "unfinished"  # a file that tiny_sd3.py removes from its folder when all is there
 
-NETWORKS = ("transformer", "vae", *prompts.ENCODERS)
-COMPONENTS = (*NETWORKS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
-OPTIONAL = ("text_encoder_3", "tokenizer_3")  # T5
+# ---- Finding a pipeline ------------------------------------------------------------------------------------
 
 
 def quiet():
@@ -31,63 +31,136 @@ def quiet():
     import diffusers
     import transformers
 
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")  # its successor is not in diffusers 0.36
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
 
-def check_kind(folder, model):
-    """The index of a pipeline; model: what to call it. Raises InputError unless it is of SD3's kind."""
-    index = read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind != "StableDiffusion3Pipeline":
-        raise InputError(f"{model} is a {kind}; sd3.py distils StableDiffusion3Pipeline")
-    return index
+def find_model(model):
+    """The local folder of a pipeline: model itself, or for a hub id its files in the hub's cache.
+
+    Raises InputError if it cannot be had or cannot be distilled."""
+    folder = Path(model) if Path(model).is_dir() else download(model)
+    if (folder / UNFINISHED).exists():
+        raise InputError(f"{model} is an unfinished miniature: `python tiny_sd3.py --out {model}` makes it")
+    check_pipeline(folder, model)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("sigma_max") is not None and scheduler["sigma_max"] == scheduler.get("sigma_min"):
+        raise InputError(f"{model} makes one step: as --model name the one that it was distilled from")
+    return folder
+
+
+def download(model):
+    """The folder of a hub id in the hub's cache, downloaded where it is not there yet."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"{name}/*{suffix}" for name in COMPONENTS for suffix in (".json", ".txt", ".model")]
+    patterns += ["model_index.json", "LICENSE*", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*fp16*"]))
+    except Exception as error:  # the hub's errors have no common base
+        raise InputError(
+            f"{model} is no folder, and its download failed ({type(error).__name__}: {reason(error)}); "
+            "without a network, `python tiny_sd3.py --out runs/tiny-sd3` makes a small model") from error
 
 
 def check_pipeline(folder, model):
-    """Raise InputError unless the folder holds a whole SD3 flow-matching pipeline, as far as files tell: what
-    is in them the libraries check when they load it."""
-    index = check_kind(folder, model)
-    for name in COMPONENTS:
-        entry = index.get(name, [None, None])
-        if entry == [None, None] and name in OPTIONAL:
+    """Raise InputError unless the folder holds an SD3 flow-matching pipeline. model: its name in messages."""
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        raise InputError(f"{model} is a {index.get('_class_name')}, not a StableDiffusion3Pipeline")
+
+    for name, entry in index.items():
+        if not isinstance(entry, list) or entry == [None, None]:  # not a component, or left out as T5
             continue
-        # diffusers would import whatever else is named here.
-        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):
-            raise InputError(f"model_index.json of {model} is damaged: its {name} is {json.dumps(entry)}, "
+        if entry[:1] not in (["diffusers"], ["transformers"]):  # whatever is named here, diffusers imports it
+            raise InputError(f"{model}/model_index.json: its {name} is {json.dumps(entry)}, "
                              "not a class of diffusers or transformers")
         if not (folder / name).is_dir():
             raise InputError(f"{model} lacks its component {name}")
-        if name in NETWORKS:
-            numbers_in(folder / name)
+
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name")
     if scheduler != "FlowMatchEulerDiscreteScheduler":
         raise InputError(f"{model} samples with {scheduler}: "
                          "it is no flow-matching model (v = noise - data), which FGM needs")
-    prompts.described(folder, "transformer")
-    if prompts.described(folder, "vae").config.shift_factor is None:
+    if empty_network(folder, "vae").config.shift_factor is None:
         raise InputError(f"{folder / 'vae'} has no shift_factor: it is not SD3's")
 
 
-def numbers_in(part):
-    """How many numbers the weights of a component's folder hold, by the headers of its files.
+# ---- Loading its parts -------------------------------------------------------------------------------------
 
-    Raises InputError if they are missing, or a file of them is, or is damaged."""
-    from safetensors import SafetensorError, safe_open
 
-    paths, found = [path for path in part.glob("*.safetensors") if "fp16" not in path.name], 0
+def network_class(name):
+    import diffusers
+
+    return {"transformer": diffusers.SD3Transformer2DModel, "vae": diffusers.AutoencoderKL}[name]
+
+
+def empty_network(folder, name):
+    """The transformer or VAE that a pipeline's configuration describes, on the meta device: without weights.
+
+    Raises InputError if it describes none."""
+    path = folder / name / "config.json"
     try:
-        for index in part.glob("*.safetensors.index.json"):  # of many files
-            paths = {part / name for name in read_json(index)["weight_map"].values()}
-        for path in paths:
-            with safe_open(path, "pt") as file:
-                found += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"the weights of {part} are damaged ({reason(error)})") from error
-    if not found:
-        raise InputError(f"{part} lacks its weights in safetensors (pickles are not read: they run code)")
-    return found
+        with torch.device("meta"):
+            return network_class(name).from_config(read_json(path))
+    except Exception as error:  # whatever the values of a damaged configuration lead to
+        raise InputError(f"{path} describes no {name} of SD3 ({reason(error)})") from error
+
+
+def load_network(folder, name, dtype):
+    """The transformer or VAE of a pipeline. Raises InputError if it cannot be loaded, or lacks a tensor."""
+    try:
+        network, loading = network_class(name).from_pretrained(
+            folder / name, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # the libraries raise what they like
+        raise InputError(f"cannot load {folder / name} ({reason(error)})") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputError(f"{folder / name} lacks {len(missing)} of its weights, {missing[0]} the first")
+    return network
+
+
+def load_pipeline(folder, networks, device, dtype):
+    """A StableDiffusion3Pipeline with these of its networks, from safetensors alone: pickles run code.
+
+    Raises InputError if it cannot be loaded."""
+    from diffusers import StableDiffusion3Pipeline
+
+    absent_t5 = {name for name in ("text_encoder_3", "tokenizer_3") if not (folder / name).is_dir()}
+    components = dict.fromkeys({"transformer", "vae", *ENCODERS} - set(networks) | absent_t5)
+    if "transformer" in networks:
+        components["transformer"] = load_network(folder, "transformer", dtype)
+    try:
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            folder, **components, torch_dtype=dtype, use_safetensors=True).to(device)
+    except Exception as error:  # the libraries raise what they like
+        raise InputError(f"cannot load the pipeline {folder} ({reason(error)})") from error
+    if pipe.transformer is None:  # a pipeline without T5 asks it for the width of a text
+        pipe.transformer = empty_network(folder, "transformer")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def free_memory():
+    """Give back unused memory: also of pipelines, whose objects refer to each other in circles."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def text_embeddings(pipe, texts, device, dtype):
+    """What a pipeline's text encoders make of N texts, on the CPU:
+    {"encoder_hidden_states": [N, tokens, D], "pooled_projections": [N, P]}."""
+    hidden_states, pooled = [], []
+    for i in range(0, len(texts), 16):
+        embeds, _, summary, _ = pipe.encode_prompt(
+            texts[i : i + 16], None, None, device=device, do_classifier_free_guidance=False,
+            max_sequence_length=256)
+        hidden_states.append(embeds.to(dtype).cpu())
+        pooled.append(summary.to(dtype).cpu())
+    return {"encoder_hidden_states": torch.cat(hidden_states), "pooled_projections": torch.cat(pooled)}
 
 
 # ---- Export: a pipeline for unmodified diffusers, a LoRA file ----------------------------------------------
@@ -99,26 +172,27 @@ def merge_lora(weights, generator):
     weights: those of the transformer with its LoRALinear layers. In the LoRA file c_in is an exact
     convolutional LoRA of the patch embedding: the identity on a patch, times (c_in - 1) of the weight. The
     header gives each layer alpha = rank: left to guess, diffusers 0.36 scales the patch embedding's."""
-    lora = {}
+    merged, lora = dict(weights), {}
     for path in generator.net.paths:
         down, up = weights[f"{path}.down.generator.weight"], weights[f"{path}.up.generator.weight"]
         lora[f"transformer.{path}.lora_A.weight"] = down.contiguous()
         lora[f"transformer.{path}.lora_B.weight"] = up.contiguous()
-        weights[f"{path}.weight"] = weights[f"{path}.base.weight"].float() + up @ down
+        merged[f"{path}.weight"] = weights[f"{path}.base.weight"].float() + up @ down
         if f"{path}.base.bias" in weights:
-            weights[f"{path}.bias"] = weights[f"{path}.base.bias"]
-    parts = (".base.", ".down.", ".up.")
-    weights = {name: value for name, value in weights.items() if not any(part in name for part in parts)}
+            merged[f"{path}.bias"] = weights[f"{path}.base.bias"]
+    adapted = (".base.", ".down.", ".up.")
+    merged = {name: value for name, value in merged.items() if not any(part in name for part in adapted)}
 
     patch = weights["pos_embed.proj.weight"].float()  # [D, 16, 2, 2]
     inputs = patch[0].numel()  # 64
     name, rank = "transformer.pos_embed.proj", len(down)
     lora[f"{name}.lora_A.weight"] = torch.eye(inputs).view(inputs, *patch.shape[1:])  # [64, 16, 2, 2]
     lora[f"{name}.lora_B.weight"] = ((generator.c_in - 1) * patch).reshape(-1, inputs, 1, 1)  # [D, 64, 1, 1]
+
     config = {"r": rank, "lora_alpha": rank, "target_modules": [*generator.net.paths, "pos_embed.proj"]}
     config |= {"rank_pattern": {"pos_embed.proj": inputs}, "alpha_pattern": {"pos_embed.proj": inputs}}
     adapter = json.dumps({f"transformer.{name}": value for name, value in config.items()})
-    return weights, lora, {"t_star": str(generator.t_star), "lora_adapter_metadata": adapter}
+    return merged, lora, {"t_star": str(generator.t_star), "lora_adapter_metadata": adapter}
 
 
 def export(folder, generator, lora_rank, dtype, out, shape=None):
@@ -127,10 +201,12 @@ def export(folder, generator, lora_rank, dtype, out, shape=None):
     c_in is folded into the weight of the patch embedding, whose input is c_in z; the scheduler's only sigma
     is t_star = c_out: z + (0 - t_star) net(c_in z, t_star) is eq. (B.1) with c_skip 1. folder: of the source
     pipeline, of which the other components are copied; dtype: of the weights in the file; shape: of a latent.
-    A collective call. Raises InputError, the pipeline before untouched, if there is no space."""
+    model_index.json is written last: a folder without it is not finished. A collective call. Raises
+    InputError if it cannot be written."""
     from diffusers import FlowMatchEulerDiscreteScheduler
+    from safetensors import SafetensorError
 
-    velocity = generator.net.shared[0] if lora_rank else generator.net
+    velocity = generator.net.shared if lora_rank else generator.net
     weights = {name: fgm.gathered(value.detach()).cpu() for name, value in velocity.net.state_dict().items()}
     if fgm.process_rank():
         return
@@ -139,77 +215,95 @@ def export(folder, generator, lora_rank, dtype, out, shape=None):
         save_tensors(lora, out / "lora.safetensors", header)
     weights["pos_embed.proj.weight"] = generator.c_in * weights["pos_embed.proj.weight"].float()
 
-    transformer = prompts.described(folder, "transformer")
+    transformer = empty_network(folder, "transformer")
     transformer.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
     if shape and shape[1] == shape[2]:  # what diffusers draws where no size is given
         transformer.register_to_config(sample_size=shape[1])
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_exponential_sigmas=True)
     scheduler.register_to_config(sigma_max=generator.t_star, sigma_min=generator.t_star)
-    with atomically(out / "pipeline") as temporary, bar(f"writing {out / 'pipeline'}"):
-        copy_source(folder, temporary)
-        transformer.save_pretrained(temporary / "transformer")
-        scheduler.save_pretrained(temporary / "scheduler")
+
+    target = out / "pipeline"
+    try:
+        (target / "model_index.json").unlink(missing_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        with bar(f"writing {target}"):
+            transformer.save_pretrained(target / "transformer")
+            scheduler.save_pretrained(target / "scheduler")
+            copy_source(folder, target)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {target} ({reason(error)}); call the same command again") from error
 
 
 def copy_source(folder, target):
     """Copy what an exported pipeline has from its source: all but transformer, scheduler and what is no part.
 
-    Copies, not links: neither folder may change with the other, nor the hub's cache with either."""
-    target.mkdir()
+    Copies, not links: neither folder may change with the other."""
     unused = shutil.ignore_patterns(".*", "*.fp16.*", "*.bin", "*.msgpack", "*.h5")
     for path in folder.iterdir():
-        if path.name in COMPONENTS and path.is_dir() and path.name not in ("transformer", "scheduler"):
+        if path.name in COMPONENTS and path.name not in ("transformer", "scheduler"):
             shutil.copytree(path, target / path.name, ignore=unused)
-        elif path.name.startswith(("model_index.json", "LICENSE", "README")) and path.is_file():
+        elif path.name.startswith("LICENSE"):
             shutil.copy2(path, target / path.name)
+    shutil.copy2(folder / "model_index.json", target / "model_index.json")
+
+
+def write_card(model, size, coefficients, trained_on, out):
+    """Write OUT/pipeline/README.md. size: (H, W) of an image; coefficients: those of the generator."""
+    text = f"""# {Path(model).name} in one step
+
+{model}, distilled by Flow Generator Matching (arXiv 2410.19310). Its licence is that of {model}.
+
+    pipe = StableDiffusion3Pipeline.from_pretrained("this folder")  # diffusers 0.33 or newer
+    pipe(prompt, height={size[0]}, width={size[1]}, num_inference_steps=1, guidance_scale=0).images[0]
+
+The scheduler's only sigma is t* = {coefficients["t_star"]}; c_in = {coefficients["c_in"]} is in the weights
+of the patch embedding. Trained on {trained_on}.
+"""
+    with atomically(out / "pipeline" / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 # ---- Images, by unmodified diffusers -----------------------------------------------------------------------
 
 
-def draw(folder, texts, steps, guidance, size, device, dtype, seed=0, batch=50, what=None):
-    """A uint8 image [3, H, W] for each text, one after the other, by the pipeline in a folder; size = (H, W).
+def draw(folder, prompts, steps, guidance, size, device, dtype, seed=0, batch=50, title="drawing"):
+    """(an iterator of uint8 images [3, H, W], one for each prompt; seconds that the transformer took).
 
-    Text encoders, transformer and VAE are on the device in turn. Image i depends on (seed, i, its text)
-    alone. what: the title of progress bars. Raises InputError if the pipeline cannot be loaded."""
+    By the pipeline in a folder; size: (H, W). Text encoders, transformer and VAE are on the device in turn.
+    Image i depends on (seed, i, its prompt) alone. Raises InputError if the pipeline cannot be loaded."""
     check_pipeline(folder, folder)
-    encoded, n = prompts.encoded(folder, texts, device, dtype), len(texts)
-    latents, _ = draw_latents(folder, *encoded, n, steps, guidance, size, device, dtype, seed, batch, what)
-    return decode(folder, latents, device, dtype, what)
-
-
-def draw_latents(folder, conditions, null, n, steps, guidance, size, device, dtype, seed, batch, what=None):
-    """(n latents [n, 16, h, w], on the CPU; seconds spent drawing), by unmodified diffusers.
-
-    conditions(indices [B]), null: as text2image.prompts.encoded gives them."""
+    shape, texts = latent_shape(folder, size), list(dict.fromkeys(["", *prompts]))  # each different text once
+    with bar("encoding prompts"):
+        embeddings = text_embeddings(load_pipeline(folder, ENCODERS, device, dtype), texts, device, dtype)
+    free_memory()
+    rows = torch.tensor([texts.index(prompt) for prompt in prompts])
     with bar(f"loading {folder}"):
-        pipe = prompts.load_pipeline(folder, ["transformer"], device, dtype)
-    pipe.set_progress_bar_config(disable=True)
-    shape, found, began = latent_shape(folder, size), [], time.perf_counter()
-    for i in batches(n, batch, what):
-        indices = torch.arange(i, min(i + batch, n))
-        noise, cond = noise_from(seed * 2**32 + indices, shape, device).to(dtype), conditions(indices)
-        texts = {"prompt_embeds": cond["encoder_hidden_states"],
-                 "pooled_prompt_embeds": cond["pooled_projections"]}
-        if guidance > 1:
-            empty = zip(texts.items(), null.values(), strict=True)
-            texts |= {f"negative_{name}": value.expand_as(text) for (name, text), value in empty}
+        pipe = load_pipeline(folder, ["transformer"], device, dtype)
+
+    latents, began = [], time.perf_counter()
+    for i in batches(len(prompts), batch, title):
+        indices = torch.arange(i, min(i + batch, len(prompts)))
+        noise = noise_from(seed * 2**32 + indices, shape, device).to(dtype)
+        text = {name: value[rows[indices]].to(device) for name, value in embeddings.items()}
+        empty = {name: value[:1].to(device).expand_as(text[name]) for name, value in embeddings.items()}
         with torch.no_grad():
-            output = pipe(**texts, num_inference_steps=steps, guidance_scale=guidance, latents=noise,
-                          height=size[0], width=size[1], output_type="latent")
-        found.append(output.images.cpu())
+            output = pipe(
+                prompt_embeds=text["encoder_hidden_states"], pooled_prompt_embeds=text["pooled_projections"],
+                negative_prompt_embeds=empty["encoder_hidden_states"],
+                negative_pooled_prompt_embeds=empty["pooled_projections"], num_inference_steps=steps,
+                guidance_scale=guidance, latents=noise, height=size[0], width=size[1], output_type="latent")
+        latents.append(output.images.cpu())
     seconds = time.perf_counter() - began
+
     del pipe, output
-    prompts.free_memory()
-    return torch.cat(found), seconds
+    free_memory()
+    return decode(folder, torch.cat(latents), device, dtype, f"{title}, decoding"), seconds
 
 
 def latent_shape(folder, size):
     """(channels, height, width) of an image's latent; size: (H, W). Raises InputError if it is too large."""
-    config, (height, width) = prompts.described(folder, "transformer").config, size
-    scale = 2 ** (len(prompts.described(folder, "vae").config.block_out_channels) - 1)
-    if type(config.pos_embed_max_size) is not int:
-        raise InputError(f"{folder}/transformer/config.json: its pos_embed_max_size is no whole number")
+    config, (height, width) = empty_network(folder, "transformer").config, size
+    scale = 2 ** (len(empty_network(folder, "vae").config.block_out_channels) - 1)
     largest = config.pos_embed_max_size * config.patch_size * scale
     if max(height, width) > largest:
         raise InputError(f"{height}x{width} is larger than {folder} can make: its largest side is {largest}")
@@ -217,21 +311,21 @@ def latent_shape(folder, size):
 
 
 @torch.no_grad()
-def decode(folder, latents, device, dtype, what=None):
+def decode(folder, latents, device, dtype, title=None):
     """uint8 images [3, H, W] of latents [N, 16, h, w], one after the other, by the pipeline's VAE, which is
     loaded for it."""
-    vae = prompts.load_component(folder, "vae", dtype).to(device)
+    vae = load_network(folder, "vae", dtype).to(device)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    for i in batches(len(latents), 1, what and f"{what}, decoding"):
+    for i in batches(len(latents), 1, title):
         pixels = vae.decode(latents[i : i + 1].to(device, dtype) / scale + shift).sample  # [1, 3, H, W]
         yield to_uint8(pixels.float())[0].cpu()  # [1, 3, H, W] -> [3, H, W]
 
 
-def pictures(folder, out, teacher, draw, samples, dtype, judged=None):
+def make_picture(folder, out, teacher, draw, samples, dtype, judge=None):
     """A picture(step, generator) for FolderRun: 8 decoded images as a grid in out, and a score for the log.
 
     draw(sampler, n, first) -> n latents, by noise seeds from first; every process calls it. The score of
-    `samples` images is judged(uint8 images), or without one the Fréchet distance of latents, averaged over
+    `samples` images is judge(uint8 images), or without one the Fréchet distance of latents, averaged over
     the quarters of an image, to latents of the teacher's 50 steps from other noise."""
 
     def decoded(latents):
@@ -246,34 +340,26 @@ def pictures(folder, out, teacher, draw, samples, dtype, judged=None):
 
     def measure(sampler):
         latents = draw(sampler, samples)
-        if judged:
-            return judged(decoded(latents))
+        if judge:
+            return judge(decoded(latents))
         return frechet_distance(reference(), quarters(latents))
 
-    scored = scores(teacher, measure)
+    scorer = make_scorer(teacher, measure)
 
     def picture(step, generator):
         latents = draw(generator, 8)
         if fgm.process_rank() == 0:
             save_grid(out / f"distill-{step:07d}.png", decoded(latents))
-        return scored(step, generator)
+        return scorer(step, generator)
 
     return picture
 
 
-def geneval(metadata, target, draw):
-    """Four images for each line of METADATA.jsonl in GenEval's folder layout: NNNNN/metadata.jsonl and
-    NNNNN/samples/0000.png to 0003.png. draw(prompts) -> images [3, H, W]. Raises InputError if it holds no
-    prompts."""
+def write_geneval(records, images, target):
+    """GenEval's folder layout, for four images in turn of each record, a line of its METADATA.jsonl:
+    NNNNN/metadata.jsonl and NNNNN/samples/0000.png to 0003.png."""
     from torchvision.transforms.functional import to_pil_image
 
-    def pick(record):
-        return record, prompts.text_of(record["prompt"])
-
-    lines = prompts.read_json_lines(metadata, pick, 'a JSON object with a "prompt"')
-    if not lines:
-        raise InputError(f"{metadata} holds no prompts")
-    images = draw([prompt for _, prompt in lines for _ in range(4)])
     for old in target.glob("[0-9]" * 5):  # the scorer takes every folder that it finds
         shutil.rmtree(old)
     for i, image in enumerate(images):
@@ -281,7 +367,6 @@ def geneval(metadata, target, draw):
         samples = open_folder(folder / "samples")
         if i % 4 == 0:
             with atomically(folder / "metadata.jsonl") as temporary:
-                temporary.write_text(json.dumps(lines[i // 4][0]) + "\n")
+                temporary.write_text(json.dumps(records[i // 4]) + "\n", encoding="utf-8")
         with atomically(samples / f"{i % 4:04d}.png") as temporary:
             to_pil_image(image).save(temporary)
-    print(f"{len(lines)} prompts, 4 images each, in {target}")

@@ -1,13 +1,10 @@
 """Prompts for Stable Diffusion 3: read from files or made by a grammar, and encoded once, into files."""
 
-import functools
-import gc
 import hashlib
 import json
 import random
 import re
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,9 +12,10 @@ import torch.distributed as dist
 
 import fgm
 from fgm import InputError
-from training.bars import bar
-from training.files import file_digest, open_folder, reason, save_tensors
-from training.run import first_process, moved, read_json
+from text2image.pipeline import ENCODERS, free_memory, load_pipeline, text_embeddings
+from training.files import open_folder, save_tensors
+from training.processes import first_process, to_device
+from training.progress import bar
 
 # ---- Prompts -----------------------------------------------------------------------------------------------
 
@@ -33,23 +31,26 @@ def read_lines(path):
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def text_of(value):
-    """A value from a JSON file that must be a text. Raises TypeError or ValueError if it is none."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    value.encode()  # half of a surrogate pair cannot be
-    return value
+def read_json_lines(path):
+    """The objects in a JSON-lines file, one per line. Raises InputError if it cannot be read as such."""
+    records = []
+    for line in read_lines(path):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: every line must be a JSON object ({error}): {line[:80]}") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{path}: every line must be a JSON object, got {line[:80]}")
+        records.append(record)
+    return records
 
 
-def read_json_lines(path, pick, wanted):
-    """pick(object) of every line of a JSON-lines file.
-
-    Raises InputError if it cannot be read, or for a line that pick cannot use: it must be `wanted`."""
-    lines = read_lines(path)
-    try:
-        return [pick(json.loads(line)) for line in lines]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: every line must be {wanted} ({type(error).__name__}: {error})") from error
+def text_of(record, name, path):
+    """The text under a name in a record of the file path. Raises InputError if there is none."""
+    text = record.get(name)
+    if not isinstance(text, str) or re.search(r"[\ud800-\udfff]", text):  # half of a surrogate pair
+        raise InputError(f'{path}: every record must have a text as "{name}", got {str(record)[:80]!a}')
+    return text
 
 
 def read_prompts(path):
@@ -60,8 +61,8 @@ def read_prompts(path):
     if suffix in (".csv", ".tsv"):
         raise InputError(f"{path} is a table: give a text with one prompt a line, or JSON lines (.jsonl)")
     if suffix in (".jsonl", ".json", ".ndjson"):
-        wanted = '{"prompt": ...}'
-        prompts = read_json_lines(path, lambda line: text_of(line.get("prompt") or line["text"]), wanted)
+        prompts = [text_of(record, "text" if "text" in record else "prompt", path)
+                   for record in read_json_lines(path)]
     else:
         prompts = read_lines(path)
     if not prompts:
@@ -91,18 +92,19 @@ ENGLISH = {r"\ba (?=[aeiou])": "an ", r"(x|ch|us)s\b": r"\1es", "sheeps": "sheep
 
 def grammar(n=8192, seed=0):
     """n different prompts from templates: objects, counts, colours, positions, scenes, styles."""
-    choose, found = random.Random(seed), {}
-    while len(found) < n:
-        a, b = choose.sample(THINGS, 2)
-        colour, other = choose.sample(COLOURS, 2)
-        count, position = choose.choice(COUNTS), choose.choice(POSITIONS)
-        subject = choose.choice(SUBJECTS).format(
+    random_source, prompts = random.Random(seed), {}
+    choose = random_source.choice
+    while len(prompts) < n:
+        a, b = random_source.sample(THINGS, 2)
+        colour, other = random_source.sample(COLOURS, 2)
+        count, position = choose(COUNTS), choose(POSITIONS)
+        subject = choose(SUBJECTS).format(
             a=a, b=b, colour=colour, other=other, count=count, position=position)
-        prompt = choose.choice(STYLES).format(subject + choose.choice(SCENES))
-        for pattern, right in ENGLISH.items():
-            prompt = re.sub(pattern, right, prompt)
-        found[prompt] = None
-    return list(found)
+        prompt = choose(STYLES).format(subject + choose(SCENES))
+        for pattern, correct in ENGLISH.items():
+            prompt = re.sub(pattern, correct, prompt)
+        prompts[prompt] = None  # a dict, as a set that keeps its order
+    return list(prompts)
 
 
 def find_prompts(path, folder):
@@ -120,228 +122,99 @@ def find_prompts(path, folder):
 ROWS_PER_FILE = 128
 
 
-def shared(work, items, what):
-    """[work(item) for item in items], the items shared by the processes, with a progress bar `what`.
-
-    An InputError or OSError of one process is raised as InputError on all. A collective call."""
-    mine, error, processes = [], None, fgm.world_size()
-    with bar(what, len(items), unit="files") as shown:
-        try:
-            for i in range(fgm.process_rank(), len(items), processes):
-                mine.append(work(items[i]))
-                shown.update(min(processes, len(items) - i))
-        except (InputError, OSError) as failure:
-            error = str(failure)
-    found = [(mine, error)] * processes
-    if processes > 1:
-        dist.all_gather_object(found, (mine, error))
-    for _, error in found:
-        if error:
-            raise InputError(error)
-    return [found[i % processes][0][i // processes] for i in range(len(items))]
-
-
 def digest_of(content):
     """SHA-256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def files_of(items):
-    """The items of each file."""
+def file_versions(paths):
+    """What tells whether files have changed, without reading them: [[path, size, time of change], ...]."""
+    versions = []
+    for path in map(Path, paths):
+        status = path.stat()
+        versions.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    return versions
+
+
+def split_by_file(items):
+    """Items, split into lists of those that share a file."""
     return [items[i : i + ROWS_PER_FILE] for i in range(0, len(items), ROWS_PER_FILE)]
 
 
-def fill(cache, what, made_of, keys, parts, load, encode):
-    """The paths of files in the folder cache, one for each part: encode(load(), part), a dict of tensors with
-    one row per item.
+def cached_files(cache, title, made_of, parts, load, encode):
+    """The paths of safetensors files in the folder cache, one for each part: encode(load(), part[0]), a dict
+    of tensors with one row per item. parts: [(items, what decides their content beside made_of), ...].
 
-    A file is named after `what`, its number and what decides its content: its part's key and made_of.
-    So what exists is not made again, and what has changed is. The processes share the work; what load() gives
-    is made once on each. A collective call."""
-    cache, digests = open_folder(cache), [digest_of([made_of, key])[:16] for key in keys]
-    paths = [cache / f"{what}-{i:06d}-{digest}.safetensors" for i, digest in enumerate(digests)]
+    What decides a file's content is in its name, so that a file that exists is kept, and what has changed is
+    made anew. The processes share the work. A collective call."""
+    cache, paths = open_folder(cache), []
+    for i, (_, key) in enumerate(parts):
+        paths.append(cache / f"{title}-{i:06d}-{digest_of([made_of, key])[:16]}.safetensors")
+
     missing = first_process(lambda: [i for i, path in enumerate(paths) if not path.exists()])
-    load = functools.cache(load)
-
-    def make(i):
-        save_tensors(encode(load(), parts[i]), paths[i], {"name": paths[i].name})
-
-    shared(make, missing, f"encoding, for {cache}" if missing else None)
-    load.cache_clear()
-    free_memory()
+    if missing:
+        encoder, processes = load(), fgm.world_size()
+        with bar(f"encoding, for {cache}", len(missing), unit="files") as progress:
+            for i in missing[fgm.process_rank() :: processes]:
+                save_tensors(encode(encoder, parts[i][0]), paths[i])
+                progress.update(processes)
+        del encoder
+        free_memory()
+        if processes > 1:
+            dist.barrier()
     return paths
 
 
-@contextmanager
-def opened(path):
-    """A safetensors file, memory-mapped. Raises InputError if it, or what is read within, is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        yield safe_open(path, "pt")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove it, it is made again") from error
-
-
 class Rows:
-    """The rows in files of 128, memory-mapped. Called with indices [B], gives {name: [B, *shapes[name]]} on
-    the device. null: a row beside them, {name: [1, *shapes[name]]}, of the empty prompt.
+    """Rows of tensors in files of ROWS_PER_FILE, memory-mapped: called with indices [B], gives
+    {name: [B, ...]} on the device. null: the row of the empty prompt, {name: [1, ...]}.
 
     Raises InputError for damaged files."""
 
-    def __init__(self, files, number, shapes, device, null=None):
-        self.slices, self.device, self.null = [], device, null
-        for i, path in enumerate(files):
-            rows = min(ROWS_PER_FILE, number - i * ROWS_PER_FILE)
-            expected = {name: [rows, *shape] for name, shape in shapes.items()}
-            with opened(path) as file:
-                self.slices.append({name: file.get_slice(name) for name in shapes})
-                found = {name: part.get_shape() for name, part in self.slices[-1].items()}
-                name = (file.metadata() or {}).get("name", path.name)
-                if found != expected or name != path.name:
-                    raise ValueError(f"{name}: {found} instead of {path.name}: {expected}")
-        self.number, self.names, self.folder = number, [path.name for path in files], files[0].parent
+    def __init__(self, paths, number, device, null=None):
+        from safetensors import SafetensorError, safe_open
+
+        self.number, self.device, self.null, self.files = number, device, null, []
+        for path in paths:
+            try:
+                self.files.append(safe_open(path, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{path} is damaged ({error}); remove it, it is made again") from error
 
     def __len__(self):
         return self.number
 
     def __call__(self, indices):
-        rows = [(self.slices[i // ROWS_PER_FILE], i % ROWS_PER_FILE) for i in indices.tolist()]
-        names = self.slices[0]
-        columns = {name: torch.cat([file[name][i : i + 1] for file, i in rows]) for name in names}
-        if not all(column.isfinite().all() for column in columns.values()):
-            raise InputError(f"rows in {self.folder} are not finite: remove it, it is made again")
-        return {name: moved(value, self.device) for name, value in columns.items()}
+        columns = {}
+        for name in self.files[0].keys():
+            rows = []
+            for i in indices.tolist():
+                row = i % ROWS_PER_FILE
+                rows.append(self.files[i // ROWS_PER_FILE].get_slice(name)[row : row + 1])
+            columns[name] = to_device(torch.cat(rows), self.device)  # B x [1, ...] -> [B, ...]
+        return columns
 
 
-# ---- Embeddings --------------------------------------------------------------------------------------------
-
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-SUFFIXES = (".json", ".txt", ".model", ".safetensors")  # of the files that a component is loaded from
-CONDITIONS = ("encoder_hidden_states", "pooled_projections")  # what SD3's transformer calls them
-
-
-def kind_of(name):
-    """The class of a network of a pipeline."""
-    import diffusers
-    import transformers
-
-    return {
-        "transformer": diffusers.SD3Transformer2DModel, "vae": diffusers.AutoencoderKL,
-        "text_encoder": transformers.CLIPTextModelWithProjection,
-        "text_encoder_2": transformers.CLIPTextModelWithProjection,
-        "text_encoder_3": transformers.T5EncoderModel}[name]
-
-
-def described(folder, name):
-    """The transformer or VAE that a pipeline's configuration describes, on the meta device: without weights.
-
-    Raises InputError if there is none such."""
-    kind, path = kind_of(name), folder / name / "config.json"
-    try:
-        with torch.device("meta"):
-            return kind.from_config(read_json(path))
-    except Exception as error:  # whatever the values of a damaged configuration lead to
-        raise InputError(f"{path} describes no {kind.__name__} ({reason(error)})") from error
-
-
-def load_component(folder, name, dtype):
-    """A network of a pipeline, from safetensors alone. Raises InputError if it, or a tensor in it, is
-    missing."""
-    diffuses = name in ("transformer", "vae")
-    precision = {"torch_dtype" if diffuses else "dtype": dtype}  # diffusers 0.36 passes over "dtype"
-    try:
-        network, loading = kind_of(name).from_pretrained(
-            folder / name, use_safetensors=True, output_loading_info=True, **precision)
-    except Exception as error:  # the libraries raise what they like
-        raise InputError(f"cannot load {folder / name} ({reason(error)})") from error
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise InputError(f"{folder / name} lacks {len(missing)} of its weights, {missing[0]} the first")
-    return network
-
-
-def free_memory():
-    """Give back what is not used any more: pipelines, whose objects refer to each other in circles, too."""
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def load_pipeline(folder, networks, device, dtype):
-    """A StableDiffusion3Pipeline with these of its networks. Raises InputError if they cannot be loaded."""
-    from diffusers import StableDiffusion3Pipeline
-
-    there = {path.name for path in folder.iterdir()}  # T5 and its tokenizer may be absent
-    loaded = dict.fromkeys(["transformer", "vae", *ENCODERS, *({"tokenizer_3"} - there)])
-    loaded |= {name: load_component(folder, name, dtype) for name in networks if name in there}
-    try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(folder, **loaded, use_safetensors=True).to(device)
-        if pipe.transformer is None:  # without T5 it is asked for the width of a text
-            pipe.transformer = described(folder, "transformer")
-        return pipe
-    except Exception as error:  # the libraries raise what they like
-        raise InputError(f"cannot load the pipeline {folder} ({reason(error)})") from error
-
-
-@torch.no_grad()
-def encode(pipe, texts, device, dtype):
-    """{condition: tensor} of texts, on the CPU: [N, tokens, D] and [N, P]."""
-    embeds, pooled = [], []
-    for i in range(0, len(texts), 16):
-        found = pipe.encode_prompt(texts[i : i + 16], None, None, device=device,
-                                   do_classifier_free_guidance=False, max_sequence_length=256)
-        embeds.append(found[0].to(dtype).cpu())
-        pooled.append(found[2].to(dtype).cpu())
-    return dict(zip(CONDITIONS, (torch.cat(embeds), torch.cat(pooled)), strict=True))
-
-
-def contents(folder, *patterns):
-    """A digest of the files of a pipeline that match and that its components are loaded from.
-
-    They are read whole: SD3's text encoders, 11 GB, in 10 to 30 seconds. A collective call."""
-    paths = sorted(path for pattern in patterns for path in folder.glob(pattern)
-                   if path.suffix in SUFFIXES and "fp16" not in path.name)
-    return digest_of([[path.relative_to(folder).as_posix() for path in paths],
-                      shared(file_digest, paths, "reading the model's files")])
-
-
-def encode_prompts(folder, prompts, cache, device, dtype):
-    """Prompts encoded into files of 128 in the folder cache, as Rows of what the network takes:
+def cached_embeddings(folder, prompts, cache, device, dtype):
+    """Prompts encoded into files in the folder cache, as Rows of what the network takes:
     {"encoder_hidden_states": [B, tokens, D], "pooled_projections": [B, P]}; null is the empty prompt's, for
     guidance, from the first file. The encoders are freed then.
 
-    Files that exist are kept, if made of the same prompts by the same encoders and tokenizers (by content),
-    in the same precision; the processes share the work. Raises InputError for damaged files."""
-    truncated = []  # CLIP's longest text, once for each prompt that is longer
+    Files that exist are kept if they are of the same prompts, precision, and encoders and tokenizers, which
+    are told by path, size and time of change. Raises InputError for damaged files. A collective call."""
+    lengths = []  # CLIP's longest text, once for each prompt that is longer
 
-    def encode_file(pipe, texts):
+    def encode(pipe, texts):
         longest = pipe.tokenizer.model_max_length
-        truncated.extend(longest for text in texts if len(pipe.tokenizer(text).input_ids) > longest)
-        return encode(pipe, texts, device, dtype)
+        lengths.extend(longest for text in texts if len(pipe.tokenizer(text).input_ids) > longest)
+        return text_embeddings(pipe, texts, device, dtype)
 
-    made_of = [contents(folder, "text_encoder*/*", "tokenizer*/*"), str(dtype)]
-    parts = [[""], *files_of(prompts)]
-    first, *files = fill(cache, "prompts", made_of, parts, parts,
-                         lambda: load_pipeline(folder, ENCODERS, device, dtype), encode_file)
-    if truncated:
-        message = f"{len(truncated)} prompts are longer than CLIP's {truncated[0]} tokens and were cut there"
-        print(message, file=sys.stderr)
-    with opened(first) as file:
-        null = {name: file.get_tensor(name).to(device) for name in CONDITIONS}
-    shapes = {name: value.shape[1:] for name, value in null.items()}
-    return Rows(files, len(prompts), shapes, device, null)
-
-
-def encoded(folder, prompts, device, dtype):
-    """(conditions, null) of prompts, in memory; conditions(indices [B]) and null are as in encode_prompts."""
-    texts = list(dict.fromkeys(["", *prompts]))
-    places = {text: i for i, text in enumerate(texts)}
-    rows = torch.tensor([places[prompt] for prompt in prompts])
-    with bar("encoding prompts"):
-        columns = encode(load_pipeline(folder, ENCODERS, device, dtype), texts, device, dtype)
-    free_memory()
-
-    def conditions(indices):
-        return {name: moved(value[rows[indices]], device) for name, value in columns.items()}
-
-    return conditions, {name: value[:1].to(device) for name, value in columns.items()}
+    encoder_files = [*folder.glob("text_encoder*/*"), *folder.glob("tokenizer*/*")]
+    made_of = [file_versions(sorted(encoder_files)), str(dtype)]
+    parts = [(texts, texts) for texts in ([""], *split_by_file(prompts))]
+    first, *paths = cached_files(
+        cache, "prompts", made_of, parts, lambda: load_pipeline(folder, ENCODERS, device, dtype), encode)
+    if lengths:
+        print(f"{len(lengths)} prompts are longer than CLIP's {lengths[0]} tokens and were cut there",
+              file=sys.stderr)
+    return Rows(paths, len(prompts), device, null=Rows([first], 1, device)(torch.tensor([0])))

@@ -1,8 +1,6 @@
 """Real images with captions, for the GAN on Stable Diffusion 3: found in a folder, and encoded once."""
 
 import csv
-import posixpath
-import unicodedata
 from pathlib import Path
 
 import torch
@@ -10,35 +8,40 @@ import torch
 import fgm
 from fgm import InputError
 from images.data import IMAGE_SUFFIXES, image_files, read_image, to_float
-from text2image import prompts
-from training.files import file_digest
-
-TEXTS, TABLES = (".txt", ".caption"), (".jsonl", ".csv")
+from text2image.pipeline import load_network
+from text2image.prompts import (
+    Rows,
+    cached_files,
+    file_versions,
+    read_json_lines,
+    read_lines,
+    split_by_file,
+    text_of,
+)
 
 
 def load_real(folder):
-    """(paths of the images, captions) of a folder.
+    """(paths of the images, captions) of a folder, at any depth.
 
-    Captions come from metadata.jsonl or metadata.csv, in the folder or further down, with file_name (relative
-    to the table's own folder) and text; else from NAME.txt or NAME.caption. What has none trains with the
-    empty prompt, and is counted aloud. Raises InputError, naming the file, for links out of the folder and
-    bad tables; and if no image has a caption."""
+    Captions come from metadata.jsonl or metadata.csv in the folder, with file_name (relative to it) and text,
+    else from NAME.txt beside the image. What has none trains with the empty prompt, and is counted aloud.
+    Raises InputError, naming the file, for bad tables, and if no image has a caption."""
     folder = Path(folder)
-    files = image_files(folder, (*IMAGE_SUFFIXES, *TEXTS, *TABLES))
+    files = image_files(folder, (*IMAGE_SUFFIXES, ".txt", ".jsonl", ".csv"))
     paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
         raise InputError(f"--real {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    beside = {key_of(path.with_suffix(""), folder): path for path in files
-              if path.suffix.lower() in TEXTS and path.is_file()}
-    tables = {}
-    for path in files:
-        if path.name in ("metadata.jsonl", "metadata.csv") and path.is_file():
-            tables |= {key_of(f"{path.parent}/{name}", folder): text for name, text in table(path)}
-    captions = []
+
+    in_table, captions = captions_in_table(folder), []
     for path in paths:
-        own = beside.get(key_of(path.with_suffix(""), folder))
-        lines = prompts.read_lines(own) if own else []
-        captions.append(tables.get(key_of(path, folder)) or "\n".join(lines))
+        text_file = path.with_suffix(".txt")
+        if path in in_table:
+            captions.append(in_table[path])
+        elif text_file.exists():
+            captions.append("\n".join(read_lines(text_file)))
+        else:
+            captions.append("")
+
     without = [path for path, caption in zip(paths, captions, strict=True) if not caption]
     if len(without) == len(paths):
         raise InputError(f"none of the {len(paths)} images in --real {folder} has a caption: give "
@@ -49,36 +52,31 @@ def load_real(folder):
     return paths, captions
 
 
-def key_of(path, folder):
-    """The name in a folder under which an image and its caption meet: "./a.png" is "a.png", "a\\b.png"
-    "a/b.png", and accents are composed (files from a Mac have them decomposed)."""
-    name = posixpath.relpath(str(path).replace("\\", "/"), str(folder).replace("\\", "/"))
-    return unicodedata.normalize("NFC", name)
+def captions_in_table(folder):
+    """{path of an image: caption} by a folder's metadata.jsonl or metadata.csv. Raises InputError for a bad
+    line."""
+    lines, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    if lines.exists():
+        path, records = lines, read_json_lines(lines)
+    elif table.exists():
+        path = table
+        try:
+            with open(table, newline="", encoding="utf-8-sig") as file:
+                records = list(csv.DictReader(file, strict=True))
+        except (ValueError, csv.Error) as error:
+            raise InputError(f"cannot read {table} as a table in UTF-8 ({error})") from error
+    else:
+        return {}
+    return {folder / text_of(record, "file_name", path): text_of(record, "text", path) for record in records}
 
 
-def table(path):
-    """[(file name, caption)] of a metadata.jsonl or metadata.csv. Raises InputError for a bad line."""
-
-    def pick(record):
-        return prompts.text_of(record["file_name"]), prompts.text_of(record["text"])
-
-    if path.suffix == ".jsonl":
-        return prompts.read_json_lines(path, pick, '{"file_name": ..., "text": ...}')
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return [pick(record) for record in csv.DictReader(file, strict=True)]
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise InputError(f"{path}: every line must have the columns file_name and text "
-                         f"({type(error).__name__}: {error})") from error
-
-
-def encode_images(folder, paths, size, shape, cache, device, dtype):
+def cached_latents(folder, paths, size, cache, device, dtype):
     """Latents of image files of size (H, W) by the pipeline's VAE, scaled as SD3 scales them: Rows of
-    {"latents": shape}.
+    {"latents": [B, 16, h, w]}, in files in the folder cache.
 
-    They are kept in files of 128 in the folder cache, and made again for images, a VAE or a size that have
-    changed (see prompts.fill). A collective call. Raises InputError, naming the file, for an image that is
-    not readable or of another size."""
+    A file is made anew where an image, the VAE (both told by path, size and time of change) or the size has
+    changed. A collective call. Raises InputError, naming the file, for an image that is not readable or of
+    another size."""
     from torchvision.transforms.functional import pil_to_tensor
 
     def encode(vae, part):
@@ -94,9 +92,8 @@ def encode_images(folder, paths, size, shape, cache, device, dtype):
             latents.append(((mean - shift) * scale).to(dtype).cpu())
         return {"latents": torch.cat(latents)}  # 128 x [1, 16, h, w] -> [128, 16, h, w]
 
-    digests = prompts.shared(file_digest, paths, "reading the images")
-    keys, parts = prompts.files_of(digests), prompts.files_of(paths)
-    made_of = [prompts.contents(folder, "vae/*"), str(dtype), list(size)]
-    files = prompts.fill(cache, "latents", made_of, keys, parts,
-                         lambda: prompts.load_component(folder, "vae", torch.float32).to(device), encode)
-    return prompts.Rows(files, len(paths), {"latents": shape}, device)
+    made_of = [file_versions(sorted(folder.glob("vae/*"))), str(dtype), list(size)]
+    parts = [(part, file_versions(part)) for part in split_by_file(paths)]
+    files = cached_files(cache, "latents", made_of, parts,
+                         lambda: load_network(folder, "vae", torch.float32).to(device), encode)
+    return Rows(files, len(paths), device)

@@ -1,7 +1,5 @@
-"""Files are written atomically: whole, or not at all; a folder is locked."""
+"""Files: written whole or not at all, and JSON."""
 
-import errno
-import hashlib
 import json
 import os
 import shutil
@@ -12,59 +10,60 @@ from fgm import InputError
 
 
 def open_folder(path):
-    """The folder, made if need be. Raises InputError if it cannot be written."""
+    """The folder as a Path, made if need be. Raises InputError if it cannot be written."""
+    folder = Path(path)
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / ".writable").touch()
-        (Path(path) / ".writable").unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to the output folder {path}: {error.strerror}") from error
-    return Path(path)
+    return folder
 
 
 @contextmanager
 def atomically(path):
-    """A temporary path to write a file or folder to, renamed to path when all is written, removed otherwise.
+    """A temporary path to write a file to, or a folder that is new; it is renamed to path at the end.
 
-    Raises InputError, naming path, where it cannot be written."""
+    Nothing is left of it if that fails. Raises InputError, naming path, where it cannot be written."""
     from safetensors import SafetensorError
 
-    path = Path(os.path.realpath(path))
-    # The process in the name: others may write the same file of a cache. The extension tells PIL the format.
-    temporary, old = path.with_name(f".tmp-{os.getpid()}-{path.name}"), path.with_name(f".old-{path.name}")
-    if old.exists() and not path.exists():  # a process was killed between the two
-        os.replace(old, path)
+    path = Path(path)
+    # The process is in the name because others may write the same file of a cache.
+    # The extension stays the last part because it tells PIL the format.
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
-        if temporary.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                os.replace(path, old)
-        else:
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        what = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {path} ({what}); what was there before is untouched") from error
+        message = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {path} ({message}); what was there before is untouched") from error
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
-            if old.exists() and not path.exists():
-                os.replace(old, path)
-            for left in (temporary, old):
-                shutil.rmtree(left, ignore_errors=True)
             temporary.unlink(missing_ok=True)
 
 
 def finite(content):
-    """The same with None for every number that JSON does not know: nan and the infinities."""
+    """The same JSON content with None for every number that JSON does not know: nan and the infinities."""
     return json.loads(json.dumps(content), parse_constant=lambda name: None)
 
 
 def write_json(path, content):
+    """Write JSON in ASCII: other characters, lone surrogates included, as escapes that read_json undoes."""
     with atomically(path) as temporary:
-        temporary.write_text(json.dumps(finite(content), indent=1) + "\n")
+        temporary.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="ascii")
+
+
+def read_json(path):
+    """The object in a JSON file. Raises InputError if it cannot be read or holds something else."""
+    try:
+        content = json.loads(Path(path).read_bytes())  # of any encoding that JSON allows
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path} ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it must hold a JSON object")
+    return content
 
 
 def save_tensors(tensors, path, metadata=None):
@@ -73,36 +72,11 @@ def save_tensors(tensors, path, metadata=None):
 
     with atomically(path) as temporary:
         save_file(tensors, temporary, metadata)
-
-
-def file_digest(path):
-    """SHA-256 of a file's content. Raises OSError if it is no regular file: a pipe would be waited for."""
-    if not Path(path).is_file():
-        raise OSError(f"{path} is no regular file")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def lock(file):
-    """Whether this process now holds the lock of an open file, which ends with the process.
-
-    Raises OSError or ImportError where files cannot be locked. The one place that knows operating systems."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        return False
-    return True
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors lets nobody else read its files
 
 
 def reason(error):
-    """What a library's error says, as one short line."""
+    """The message of a library's error as one short line."""
     return " ".join(str(error).split())[:300] or type(error).__name__

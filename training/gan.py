@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fgm
-from training.run import noise_from
+from training.processes import noise_from
 
 FOR_NOISE, FOR_T = 1, 2  # what is drawn from a seed that also chooses the condition
 

@@ -1,42 +1,112 @@
-"""Waiting for the first of several processes, however long its work takes."""
+"""Several processes that torchrun starts: joining them, sharing their work, waiting for the first one."""
 
-import functools
+import os
+import re
 from datetime import timedelta
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from fgm import InputError, process_rank, world_size
 
+TIME_LIMIT = timedelta(hours=12)  # of one exchange; the others wait that long while the first process scores
+GATHERED_WHOLE = 1e9  # bytes of weights; every process keeps all of a smaller network
 
-@functools.cache
-def without_limit():
-    """A group of all processes whose exchanges may take a month; usual ones end after a time limit."""
-    try:
-        return dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    except RuntimeError as error:
-        raise InputError("the first process has gone") from error
+
+def setup(device=None):
+    """Join the other processes if torchrun started this one. Returns its device (default: a GPU, if any).
+
+    Raises InputError for a device that does not exist."""
+    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
+        raise InputError(f"--device {name}: cpu, cuda or cuda:N are possible")
+
+    device = torch.device(name)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIME_LIMIT)
+    return device
+
+
+def shard(net, blocks=(), bf16=False):
+    """Share a large network between all processes, block by block (FSDP2). Copy networks before, not after.
+
+    Its weights are gathered for every pass; every process keeps all of a network below GATHERED_WHOLE bytes.
+    bf16: gather weights in bfloat16. Gradients are reduced in float32, and inputs are not cast, so that t
+    stays float32. Returns net."""
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    if world_size() == 1 or size < GATHERED_WHOLE:
+        return net
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
+    policy = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
+    mesh = init_device_mesh(next(net.parameters()).device.type, (world_size(),))
+    for part in [*blocks, net]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    return net
+
+
+def compile_networks(*nets):
+    """torch.compile networks in place. A graph of theirs may be differentiated twice, and a network meets
+    several sizes of batch."""
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for net in nets:
+        net.compile()
 
 
 def first_process(work):
-    """work() on the first process, however long it takes; its InputError is raised on all. A collective call.
+    """Call work() on the first process and return on all what it returns. A collective call.
 
-    Returns on all what work does. Raises InputError on the others if the first process vanishes."""
-    group, said = without_limit() if world_size() > 1 else None, [None, None]
+    Raises InputError on all if work() raises it or OSError, and if another process has ended."""
+    result, error = None, None
     if process_rank() == 0:
         try:
-            said[0] = work()
-        except (InputError, OSError) as error:
-            said[1] = str(error)
-    if group:
+            result = work()
+        except (InputError, OSError) as failure:
+            error = str(failure)
+
+    if world_size() > 1:
+        message = [result, error]
         try:
-            dist.broadcast_object_list(said, group=group)
-        except RuntimeError as error:
-            raise InputError(f"{'the first' if process_rank() else 'another'} process has gone") from error
-    if said[1]:
-        raise InputError(said[1])
-    return said[0]
+            dist.broadcast_object_list(message, device=torch.device("cpu"))
+        except RuntimeError as failure:
+            raise InputError("another process has ended: see its message") from failure
+        result, error = message
+
+    if error is not None:
+        raise InputError(error)
+    return result
 
 
 def wait_for_first():
-    """Wait until the first process comes here too, hours if need be. A collective call."""
+    """Wait until the first process comes here, too. A collective call."""
     first_process(lambda: None)
+
+
+def to_device(tensor, device):
+    """A CPU's tensor on a device. A GPU is not waited for."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def noise_from(seeds, shape, device):
+    """Standard normal noise [B, *shape], float32, for int64 seeds [B] of 0 or more.
+
+    A row depends on its own seed alone, which is the key of a Philox generator (Salmon et al., 2011)."""
+    generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds.tolist()]
+    rows = [generator.standard_normal(shape, np.float32) for generator in generators]
+    return to_device(torch.from_numpy(np.stack(rows)), device)  # B rows of [*shape] -> [B, *shape]

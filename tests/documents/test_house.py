@@ -2,8 +2,10 @@
 
 import ast
 import graphlib
+import io
 import math
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,53 @@ def test_fgm_stands_alone_and_talks_to_nobody():
     nodes = ast.walk(ast.parse(SOURCES["fgm"]))
     calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
     assert "torch.optim.Adam" in calls and not calls & {"open", "print", "exec", "eval"}
+
+
+def docstrings(source):
+    """The line numbers of a source's docstrings."""
+    lines = set()
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            lines |= {*range(text.lineno, text.end_lineno + 1)}
+    return lines
+
+
+def code_lines(source):
+    """How many lines of a source are neither blank, comment nor docstring."""
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+              tokenize.ENDMARKER)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in silent:
+            lines |= {*range(token.start[0], token.end[0] + 1)}
+    return len(lines - docstrings(source))
+
+
+COUNTED = '''"""A
+docstring."""
+
+x = """a
+text"""  # two lines of code
+# a comment
+
+def f():
+    "another docstring"
+    return x
+'''
+
+
+def test_code_lines_are_counted():
+    assert code_lines(COUNTED) == 4
+
+
+def test_the_house_stays_small():
+    """Air and explanations are free: what counts is lines of code."""
+    tests = [path.read_text() for path in ROOT.glob("tests/**/*.py")]
+    assert code_lines(SOURCES["fgm"]) <= 460
+    assert sum(map(code_lines, SOURCES.values())) <= 3000
+    assert sum(map(code_lines, tests)) <= 2600
 
 
 def flags_of(command, monkeypatch):

@@ -1,15 +1,75 @@
-"""Image files, data sets, and the scores of samples."""
-
-import math
+"""Image files, data sets, labels, and the scores of samples."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 import fgm
 from images import data as images
 from images import scores
+
+CPU = torch.device("cpu")
+VALUES = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def refused(message):
+    return pytest.raises(fgm.InputError, match=message)
+
+
+# ---- Image files -------------------------------------------------------------------------------------------
+
+
+def test_image_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees
+    Image.fromarray(VALUES[:, :32]).save(tmp_path / "a.png", exif=exif)
+    pixels = np.asarray(images.read_image(tmp_path / "a.png"))
+    np.testing.assert_array_equal(pixels, np.rot90(VALUES[:, :32], 3))
+
+
+@pytest.mark.parametrize("name, mode", [("a.png", "RGBA"), ("a.png", "LA"), ("a.gif", "P")])
+def test_what_is_transparent_is_white_whatever_lies_below(name, mode, tmp_path):
+    values = np.full((8, 8, 4), 102, np.uint8)  # a colour of the palette
+    values[:4, :, 3], values[4:, :, 3], values[4:, :, :3] = 255, 0, 51
+    image, options = Image.fromarray(values), {}
+    if mode == "P":
+        image = image.convert("RGB").convert(mode)
+        options = {"transparency": image.getpixel((0, 7))}
+    image.convert(mode).save(tmp_path / name, **options)
+    pixels = np.asarray(images.read_image(tmp_path / name))
+    assert (pixels[:4] == 102).all() and (pixels[4:] == 255).all()
+
+
+def animated(path):
+    Image.fromarray(VALUES).save(path, save_all=True, append_images=[Image.fromarray(255 - VALUES)])
+
+
+def truncated(path):
+    Image.fromarray(VALUES).save(path)
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("name, write, message", [
+    ("a.png", truncated, "cannot read the image"),
+    ("a.jpg", lambda path: path.write_text("<html>not found</html>"), "cannot identify image file"),
+    ("a.gif", animated, "it is animated or has pages"),
+    ("a.png", lambda path: Image.fromarray(np.ones((8, 8), np.uint16)).save(path), "16 or more bits"),
+    ("a.tif", lambda path: Image.fromarray(np.ones((8, 8), np.float32)).save(path), "16 or more bits"),
+    ("a.png", lambda path: path.mkdir(), "it is not a regular file"),
+])
+def test_what_is_no_still_image_of_8_bits_is_named(name, write, message, tmp_path):
+    path = tmp_path / "class" / name
+    path.parent.mkdir()
+    write(path)
+    with refused(message) as refusal:
+        images.load_images(str(tmp_path))
+    assert str(path) in str(refusal.value)
+
+
+# ---- Data sets ---------------------------------------------------------------------------------------------
 
 
 def test_digits_keep_their_values():
@@ -20,16 +80,29 @@ def test_digits_keep_their_values():
 
 def test_folder_converts_every_kind_of_image(tmp_path):
     values = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
-    for name, mode in (("a", "L"), ("b", "RGBA"), ("c", "P"), ("d", "RGB")):
-        (tmp_path / name).mkdir()
-        Image.fromarray(values).convert(mode).save(tmp_path / name / "0.png")
+    for name, mode in (("10", "L"), ("9", "RGBA"), ("a", "P"), ("b", "RGB")):
+        (tmp_path / name / "inside").mkdir(parents=True)
+        Image.fromarray(values).convert(mode).save(tmp_path / name / "inside" / "0.png")
     data = images.load_images(str(tmp_path), cond=True)
     assert data.pixels.shape == (4, 3, 8, 8)
-    assert data.labels.tolist() == [0, 1, 2, 3] and data.classes == list("abcd")
+    assert data.labels.tolist() == [0, 1, 2, 3] and data.classes == ["10", "9", "a", "b"]
     for pixels in data.pixels:
         np.testing.assert_allclose(pixels[1].numpy(), values, atol=1)
     resized = images.load_images(str(tmp_path), resolution=4)
     assert resized.pixels.float().mean() == pytest.approx(values.mean(), abs=1)
+
+
+def test_hidden_files_and_what_systems_leave_are_passed_over(tmp_path, capsys):
+    left = ("cat/._0.png", "cat/.ipynb_checkpoints/0.png", ".ipynb_checkpoints/0.png", "cat/Thumbs.db",
+            "cat/.DS_Store", "__MACOSX/cat/0.png", "cat/__MACOSX/0.png")
+    for name in (*left, "cat/notes.txt", "cat/0.heic"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    Image.fromarray(VALUES).save(tmp_path / "cat" / "0.png")
+    data = images.load_images(str(tmp_path))
+    assert data.classes == ["cat"] and len(data.pixels) == 1
+    printed = capsys.readouterr().out
+    assert f"2 files in {tmp_path / 'cat'} are of other kinds and left out, {tmp_path}/cat/0.heic" in printed
 
 
 def folder(tmp_path, sizes):
@@ -44,20 +117,62 @@ def test_folder_names_what_is_wrong(tmp_path):
     (tmp_path / "empty").mkdir()
     hollow = folder(tmp_path / "hollow", [(8, 8), (8, 8)])
     (hollow / "class1" / "0.png").unlink()
-    cut = folder(tmp_path / "cut", [(8, 8), (8, 8)])
-    (cut / "class1" / "0.png").write_bytes((cut / "class0" / "0.png").read_bytes()[:40])
     cases = [
         (folder(tmp_path / "mixed", [(8, 8), (16, 16)]), "16x16, not 8x8; --resolution", False),
-        (folder(tmp_path / "oblong", [(8, 9)]), "not square", False),
+        (folder(tmp_path / "oblong", [(8, 9)]), "8x9, not 8x8", False),
         (folder(tmp_path / "one", [(8, 8)]), "at least two classes", True),
         (tmp_path / "none", "neither cifar10, digits nor a folder", False),
         (tmp_path / "empty", "no sub-folders", False),
         (hollow, "no images in its sub-folder class1", False),
-        (cut, "cut/class1/0.png", False),
     ]
     for path, message, cond in cases:
-        with pytest.raises(fgm.InputError, match=message):
+        with refused(message):
             images.load_images(str(path), cond=cond)
+
+
+def test_cifar10_is_shrunk_by_averaging(monkeypatch):
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    monkeypatch.setattr(images, "cifar10", lambda: images.Images(pixels, torch.arange(3), list("abc")))
+    small = images.load_images("cifar10", 16).pixels
+    means = pixels.double().reshape(3, 3, 16, 2, 16, 2).mean((3, 5))
+    assert small.shape == (3, 3, 16, 16) and (small - means).abs().max() <= 0.5
+    with refused("to shrink cifar10"):
+        images.load_images("cifar10", 64)
+
+
+def test_cifar10_without_a_home_or_a_download(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where there is no home
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with refused("no home folder to keep CIFAR-10 in: set XDG_CACHE_HOME"):
+        images.load_images("cifar10")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", interrupted)
+    with refused(f"cannot download CIFAR-10 to {tmp_path}/cifar10 .*cut off.*: try again"):
+        images.load_images("cifar10")
+
+
+def interrupted(*arguments, **settings):
+    raise OSError("cut off")
+
+
+@pytest.mark.parametrize("counts, n", [([95, 5], 20), ([2] * 5, 2), ([50, 0, 7], 19)])
+def test_images_held_out_are_a_share_of_every_class(counts, n):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    held, others = images.split(labels, n)
+    assert len(held) == n and torch.equal(torch.cat([held, others]).sort()[0], torch.arange(len(labels)))
+    share = torch.tensor(counts) * n / len(labels)
+    assert (labels[held].bincount(minlength=len(counts)) - share).abs().max() <= 1
+
+
+@pytest.mark.parametrize("counts", [[95, 5], [1], [50, 0, 7]])
+def test_labels_are_drawn_as_often_as_the_data_has_them(counts):
+    labels = images.labels_of(torch.arange(2 * sum(counts)), counts)
+    for half in labels.chunk(2):
+        assert half.bincount(minlength=len(counts)).tolist() == counts
+
+
+# ---- Fréchet distances -------------------------------------------------------------------------------------
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -70,63 +185,12 @@ def test_frechet_distance_of_known_gaussians():
     assert scores.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def test_pixel_frechet_of_known_gaussians():
-    """Shifted, and scaled along axes: |shift|^2 + sum (s - s')^2. Rounding to uint8 adds 1e-5 per pixel."""
-    n = torch.randn(200_000, 1, 2, 1, generator=torch.Generator().manual_seed(0))
-    a, b = 0.1 * n, 0.2 + torch.tensor([0.2, 0.05]).view(1, 2, 1) * n
-    a, b = (scores.raw_pixels(images.to_uint8(x)) for x in (a, b))
-    expected = 2 * 0.2**2 + 0.1**2 + 0.05**2
-    assert scores.frechet_distance(a, b) == pytest.approx(expected, rel=0.01)
-    assert scores.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
-
-
-def test_judge_of_real_digits():
-    data = images.load_images("digits")
-    judge = scores.train_judge(data)
-    features = scores.raw_pixels(data.pixels)
-    assert 0.98 < judge.own_accuracy < 1
-    assert scores.accuracy(judge, features, data.labels) == (1, 1)
-    wrong = torch.where(data.labels == 7, 8, data.labels)  # every seven is taken for an eight
-    share, worst = scores.accuracy(judge, features, wrong)
-    assert share == pytest.approx(1 - 179 / 1797) and worst == pytest.approx(174 / (174 + 179))
-
-
-# Labels as often as the data has them
-
-
-@pytest.mark.parametrize("counts", [[95, 5], [999, 1], [1] * 1000, [10] * 7 + [133], [1], [50, 0, 7]])
-def test_labels_are_drawn_as_often_as_the_data_has_them(counts):
-    """Exactly after as many samples as there are data, and within 5 images of every class before that."""
-    n, counts = sum(counts), torch.tensor(counts)
-    for seed in (0, 3, 2**31 - 1):
-        labels = images.labels_of(torch.arange(n), counts.tolist(), seed)
-        drawn = torch.nn.functional.one_hot(labels, len(counts)).double().cumsum(0)
-        assert torch.equal(drawn[-1].long(), counts)
-        share = torch.arange(1, n + 1)[:, None] * counts.double() / n
-        assert (drawn - share).abs().max() < 5
-
-
-def draw_from_classes(z, class_labels):
-    """A perfect sampler of images of two greys with noise, from noise z [B, 1, 8, 8]."""
-    return (class_labels @ torch.tensor([-0.6, 0.6])).view(-1, 1, 1, 1) + 0.1 * z
-
-
-def test_a_perfect_sampler_of_unequal_classes_scores_as_the_data_themselves(tmp_path):
-    labels = (torch.arange(2000) % 20 == 0).long()  # 95 % and 5 %
-    noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    pixels = images.to_uint8(draw_from_classes(noise, torch.eye(2)[labels]))
-    real = images.Images(pixels, labels, ["often", "seldom"])
-    scorer = scores.Scores(real, True, False, torch.device("cpu"), tmp_path / "judge.safetensors", 2000)
-
-    def scored(counts):
-        drawn = images.draw_images(draw_from_classes, 2000, (1, 8, 8), counts, torch.device("cpu"))
-        return scorer.of(*drawn)
-
-    right, floor = scored(real.class_counts()), scorer.of_data["pixel_frechet"]
-    assert right["accuracy"] == right["worst_class"] == 1
-    assert right["pixel_frechet"] == pytest.approx(floor, rel=0.15)
-    assert scored([1890, 110])["pixel_frechet"] > 1.5 * floor
-    assert scored([1, 1])["pixel_frechet"] > 100 * floor  # all classes alike
+@pytest.mark.parametrize("a, message", [
+    (torch.zeros(1, 3), "two images on either side, got 1"), (torch.full((4, 3), torch.nan), "not finite"),
+])
+def test_frechet_distance_of_too_little(a, message):
+    with refused(message):
+        scores.frechet_distance(torch.randn(4, 3), a)
 
 
 def test_what_fresh_data_would_score():
@@ -135,20 +199,62 @@ def test_what_fresh_data_would_score():
     scale = torch.tensor([3.0, 1.0, 0.3, 0.1])
     pairs = [[scale * torch.randn(n, 4, generator=random) for n in (400, 1000)] for _ in range(300)]
     expected = np.mean([scores.frechet_distance(*pair) for pair in pairs])
-    found = np.mean([scores.fresh_distance(real, 1000) for real, _ in pairs])
-    assert found == pytest.approx(expected, rel=0.1)
+    estimate = np.mean([scores.fresh_distance(real, 1000) for real, _ in pairs])
+    assert estimate == pytest.approx(expected, rel=0.1)
 
 
 def test_noise_of_a_draw_is_the_spread_of_draws():
     draws = torch.randn(200, 500, 4, generator=torch.Generator().manual_seed(0))
     real = scores.Gaussian(torch.randn(100_000, 4, generator=torch.Generator().manual_seed(1)) + 0.5)
     spread = torch.tensor([real.distance(scores.Gaussian(draw)) for draw in draws]).std().item()
-    found = [scores.noise_of_draw(real, draw) for draw in draws[:20]]
-    assert np.mean(found) == pytest.approx(spread, rel=0.2)
+    estimate = np.mean([scores.noise_of_draw(real, draw) for draw in draws[:20]])
+    assert estimate == pytest.approx(spread, rel=0.2)
     assert scores.noise_of_draw(real, draws[0][:19]) is None
 
 
-# The judge of photographs
+def test_fid_is_that_of_torch_fidelity(tmp_path, monkeypatch):
+    real, fake = torch.from_numpy(VALUES[:40]).permute(0, 2, 1)[..., None].split(20)  # [20, 3, 64, 1] each
+    (tmp_path / "weights").write_bytes(b"no weights")
+    with refused("Inception weights .* cannot be used"):
+        scores.inception_features(real, tmp_path / "weights", CPU)
+
+    def means(x):  # two features an image, in place of Inception's 2048
+        return (torch.stack([x.float().mean((1, 2, 3)), x[:, 0, 0, 0].float()], 1),)
+
+    monkeypatch.setattr(scores, "inception", lambda weights, device: means)
+    features = [scores.inception_features(pixels, None, CPU) for pixels in (real, fake)]
+    assert torch.equal(features[0], means(real)[0])
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, features), verbose=False)
+    ours = scores.frechet_distance(*features)
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+
+
+# ---- Copies ------------------------------------------------------------------------------------------------
+
+
+def test_copy_ratio_is_1_for_fresh_images_and_less_for_copies():
+    """Half of the samples copied, of 4 parts of the training images: 1 - 1 / 2 / 4."""
+    draws = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    training, held_out, fresh = draws[:800], draws[800:1000], draws[1000:]
+    assert scores.copy_ratio(fresh, training, held_out) == pytest.approx(1, abs=0.03)
+    assert scores.copy_ratio(training, training, held_out) == pytest.approx(0.75, abs=0.03)
+    half = torch.cat([training[:500], fresh[:500]])
+    assert scores.copy_ratio(half, training, held_out) == pytest.approx(0.875, abs=0.03)
+
+
+# ---- Judges ------------------------------------------------------------------------------------------------
+
+
+def test_judge_of_real_digits():
+    data = images.load_images("digits")
+    judge, features = scores.train_judge(data), scores.coarse_pixels(data.pixels)
+    assert 0.98 < judge.own_accuracy < 1
+    assert scores.accuracy(judge, features, data.labels) == (1, 1)
+    wrong = torch.where(data.labels == 7, 8, data.labels)  # every seven is taken for an eight
+    share, worst = scores.accuracy(judge, features, wrong)
+    assert share == pytest.approx(1 - 179 / 1797) and worst == pytest.approx(174 / (174 + 179))
+    with refused("at least two classes"):
+        scores.Judge(features[:5], torch.zeros(5))
 
 
 @pytest.fixture(scope="module")
@@ -158,81 +264,83 @@ def large_digits():
     return real._replace(pixels=real.pixels.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["labels", "quarter turns"])
-def judged(request, large_digits):
-    cond, cpu = request.param, torch.device("cpu")
-    return cond, scores.NetworkJudge.train(large_digits, cond, False, cpu, seen=6000, batch=50)
+@pytest.fixture(scope="module")
+def judge(large_digits):
+    return scores.NetworkJudge.train(large_digits, False, CPU, seen=6000, batch=50)
 
 
-def test_judge_orders_images_as_an_eye_would(judged, large_digits):
+def test_judge_orders_images_as_an_eye_would(judge, large_digits):
     """The more blurred, noised, or poor in classes, the farther; any of them farther than held-out images."""
-    cond, judge = judged
-    assert judge.own_accuracy > (0.9 if cond else 0.75)
     pixels, labels = large_digits.pixels, large_digits.labels
-    held, trained = scores.hold_out(labels)
     real = scores.Gaussian(judge.features(pixels))
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
 
+    def distance(pixels):
+        return real.distance(scores.Gaussian(judge.features(pixels.clamp(0, 255).to(torch.uint8))))
+
     def blurred(size):
-        means = torch.nn.functional.avg_pool2d(pixels.float(), size, 1, size // 2, count_include_pad=False)
-        return means.to(torch.uint8)
+        return F.avg_pool2d(pixels.float(), size, 1, size // 2, count_include_pad=False)
 
-    worse = {
-        "blur": [blurred(3), blurred(5)],
-        "noise": [(pixels + level * noise).clamp(0, 255).to(torch.uint8) for level in (40, 80)],
-        "classes missing": [pixels[labels >= 4], pixels[labels >= 6]],
-    }
-    floor = real.distance(scores.Gaussian(judge.features(pixels[held])))
-    for what, changed in worse.items():
-        little, much = [real.distance(scores.Gaussian(judge.features(some))) for some in changed]
-        assert floor < little < much, what
+    assert judge.own_accuracy > 0.9
+    floor = distance(pixels[judge.hold_out(labels)[0]])
+    assert floor < distance(blurred(3)) < distance(blurred(5))
+    assert floor < distance(pixels + 40 * noise) < distance(pixels + 80 * noise)
+    assert floor < distance(pixels[labels >= 4]) < distance(pixels[labels >= 6])
 
 
-def test_judge_file_is_used_again_or_refused(judged, large_digits, tmp_path):
-    cond, judge = judged
-    path, cpu = tmp_path / "judge.safetensors", torch.device("cpu")
+def test_judge_file_is_used_again_or_refused(judge, large_digits, tmp_path):
+    path = tmp_path / "judge.safetensors"
     judge.save(path)
-    again = scores.NetworkJudge.load(path, large_digits, cond, cpu)
+    again = scores.NetworkJudge.load(path, large_digits, CPU)
     some = large_digits.pixels[:50]
     assert torch.equal(again.features(some), judge.features(some)) and again.about == judge.about
-    others = large_digits._replace(pixels=255 - large_digits.pixels)
-    with pytest.raises(fgm.InputError, match="trained for other images; remove it"):
-        scores.NetworkJudge.load(path, others, cond, cpu)
-    with pytest.raises(fgm.InputError, match="trained for other classes"):
-        scores.NetworkJudge.load(path, large_digits._replace(classes=list("abcdefghij")), True, cpu)
-    whole = path.read_bytes()
-    for damaged in (whole[:-100], b"", b"{}"):
-        path.write_bytes(damaged)
-        with pytest.raises(fgm.InputError, match="damaged"):
-            scores.NetworkJudge.load(path, large_digits, cond, cpu)
-    again.own_accuracy = "high"
-    again.save(path)
-    with pytest.raises(fgm.InputError, match="its accuracy must be"):
-        scores.NetworkJudge.load(path, large_digits, cond, cpu)
-    again.own_accuracy = None
-    again.net[-1].bias.data[0] = math.nan
-    again.save(path)
-    with pytest.raises(fgm.InputError, match="not finite"):
-        scores.NetworkJudge.load(path, large_digits, cond, cpu)
+    assert again.own_accuracy == judge.own_accuracy
+
+    with refused("trained for other images; remove it"):
+        scores.NetworkJudge.load(path, large_digits._replace(pixels=255 - large_digits.pixels), CPU)
+    with refused("trained for other classes"):
+        scores.NetworkJudge.load(path, large_digits._replace(classes=list("abcdefghij")), CPU)
+    path.write_bytes(path.read_bytes()[:-100])
+    with refused("damaged"):
+        scores.NetworkJudge.load(path, large_digits, CPU)
 
 
-def test_judge_knows_every_class_whatever_is_held_out():
-    """The only image of a class is never held out; where that leaves nothing, there is no own accuracy."""
-    labels = torch.cat([torch.zeros(50, dtype=torch.long), torch.tensor([1, 2])])
-    held, trained = scores.hold_out(labels)
-    assert len(held) == 5 and torch.equal(torch.cat([held, trained]).sort()[0], torch.arange(52))
-    assert set(labels[trained].tolist()) == {0, 1, 2}
-    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    four = images.Images(pixels, torch.arange(4), list("abcd"))
-    judge = scores.NetworkJudge.train(four, True, True, torch.device("cpu"), seen=20)
-    assert judge.own_accuracy is None and judge.features(pixels).shape == (4, 128)
+# ---- All scores --------------------------------------------------------------------------------------------
 
 
-def test_cifar10_is_shrunk_by_averaging(monkeypatch):
-    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    monkeypatch.setattr(images, "cifar10", lambda: images.Images(pixels, torch.arange(3), list("abc")))
-    small = images.load_images("cifar10", 16).pixels
-    means = pixels.double().reshape(3, 3, 16, 2, 16, 2).mean((3, 5))
-    assert small.shape == (3, 3, 16, 16) and (small - means).abs().max() <= 0.5
-    with pytest.raises(fgm.InputError, match="to shrink cifar10"):
-        images.load_images("cifar10", 64)
+def draw_from_classes(z, class_labels):
+    """A perfect sampler of images of two greys with noise, from noise z [B, 1, 8, 8]."""
+    return (class_labels @ torch.tensor([-0.6, 0.6])).view(-1, 1, 1, 1) + 0.1 * z
+
+
+def test_a_perfect_sampler_of_unequal_classes_scores_as_the_data_themselves():
+    labels = (torch.arange(2000) % 20 == 0).long()  # 95 % and 5 %
+    noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = images.to_uint8(draw_from_classes(noise, torch.eye(2)[labels]))
+    real = images.Images(pixels, labels, ["often", "seldom"])
+    scorer = scores.Scores(real, True, scores.train_judge(real), 2000)
+
+    def scored(counts):
+        return scorer.of(*images.draw_images(draw_from_classes, 2000, (1, 8, 8), counts, CPU))
+
+    row, floor = scored(real.class_counts()), scorer.of_data["pixel_frechet"]
+    assert row["accuracy"] == row["worst_class"] == 1
+    assert row["pixel_frechet"] == pytest.approx(floor, rel=0.15)
+    assert scored([1890, 110])["pixel_frechet"] > 1.5 * floor
+    assert scored([1, 1])["pixel_frechet"] > 100 * floor  # all classes alike
+
+
+@pytest.mark.parametrize("classes, cond, features, detector", [
+    (["a", "b"], True, ["judge_frechet", "pixel_frechet"], "judge.safetensors"),
+    (["a", "b"], False, ["judge_frechet", "pixel_frechet"], "judge.safetensors"),
+    (["a"], False, ["pixel_frechet"], "pixels, at most 16x16"),
+])
+def test_photographs_are_judged_where_there_are_classes(classes, cond, features, detector, tmp_path):
+    pixels = torch.from_numpy(VALUES).view(16, 16, 16, 3).permute(0, 3, 1, 2).contiguous()  # [16, 3, 16, 16]
+    real = images.Images(pixels, torch.arange(16) % len(classes), classes)
+    judge = scores.judge_of(real, cond, True, CPU, tmp_path / "judge.safetensors")
+    scorer = scores.Scores(real, cond, judge, 16)
+    assert list(scorer.features) == features and scorer.main == features[0] and scorer.detector == detector
+    row = scorer.of(pixels, real.labels)
+    assert row["pixel_frechet"] == pytest.approx(0, abs=1e-3) and ("accuracy" in row) == cond
+    assert (tmp_path / "judge.safetensors").exists() == (judge is not None)

@@ -128,10 +128,10 @@ def test_a_steps_gradient_is_that_of_the_papers_losses(one_t, l1_weight, weight)
     l1, l2 = fgm.fgm_losses(teacher, target, x0, noise, t, weight=weight)
     (expected,) = torch.autograd.grad((l2 + l1_weight * l1).mean(), x0)
 
-    part = fgm.MicroBatch(noise, t, t, one_t, None, {}, nullcontext())
-    results = [fgm.separate_gradients(teacher, flow, x0, part, l1_weight, weight, None)]
+    inputs = fgm.Inputs(noise, t, t, one_t, None, {}, nullcontext())
+    results = [fgm.separate_gradients(teacher, flow, x0, inputs, l1_weight, weight, None)]
     if l1_weight == 1 and one_t:
-        results.append(fgm.functional_gradient(teacher, flow, x0, part, weight))
+        results.append(fgm.shared_backward(teacher, flow, x0, inputs, weight))
 
     l1, l2 = fgm.fgm_losses(teacher, target, x0, noise, t)
     terms = {"flow_loss": fgm.reflow_loss(target, x0, noise, t), "bound": l1 + l2, "l1": l1}

@@ -1,6 +1,6 @@
 """A script, not a test: kill -9 runs of toy2d.py at random moments, go on with them, compare bit for bit.
 
-    PYTHONPATH=. python tests/kill_at_random.py 20    # kills per phase; about 20 seconds each on one core
+    PYTHONPATH=.:tests python tests/training/kill_at_random.py 20  # kills per phase, 20 s each on a core
 """
 
 import random

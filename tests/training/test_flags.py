@@ -1,12 +1,14 @@
-"""training/flags.py: what settings may be."""
+"""training/flags.py: what settings may be, and which flags need another one."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
 
 from fgm import InputError
-from training.flags import check_setting
+from training import flags
+from training.flags import Setting, check_setting
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,34 @@ def test_whole_numbers():
     for value in (2.5, 3.0, "3"):
         with pytest.raises(InputError, match=r"batch must be a whole number in \[1, 1e9\], got"):
             check_setting("batch", value, "[1, 1e9]", whole=True)
+
+
+def test_a_list_of_numbers_is_checked_one_by_one():
+    widths = Setting(int, "[1, 8]", "", "+")
+    widths.check("widths", [1, 8])
+    with pytest.raises(InputError, match=r"widths must be in \[1, 8\], got 9"):
+        widths.check("widths", [1, 9])
+
+
+def test_a_path_may_begin_with_the_users_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert flags.path("~/runs/a b") == "/home/someone/runs/a b" and flags.path("runs/~") == "runs/~"
+
+
+def test_a_flag_that_needs_another_one(monkeypatch, capsys):
+    def parse(*words):
+        parser = flags.Parser(prog="draw.py")
+        flags.add_flags(parser.add_argument, {
+            "sample": Setting(int, "[1, 9]", ""),
+            "npz": Setting(bool, None, ""),
+            "out": Setting(str, None, ""),
+        })
+        monkeypatch.setattr(sys, "argv", ["draw.py", *words])
+        return parser.parse_with(lambda given: {"out": "runs"}, lambda args: {"npz": ["sample"]})
+
+    assert vars(parse("--npz", "--sample=2")) == {
+        "sample": 2, "npz": True, "out": "runs", "seed": 0, "precision": "auto"}
+    with pytest.raises(SystemExit) as stopped:
+        parse("--npz")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "draw.py: --npz means nothing without --sample\n"

@@ -1,0 +1,312 @@
+"""Networks in files: EDM's published pickles, our own files, and foreign ones that pose as either."""
+
+import copy
+import json
+import math
+import os
+import pickle
+import struct
+import sys
+import types
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_unet import small_net
+from torch import nn
+
+import fgm
+from images import published
+from images.data import load_images
+from images.published import load_edm, load_network, load_teacher
+from images.unet import Conv, EDMVelocity
+
+# ---- Published pickles -------------------------------------------------------------------------------------
+
+
+class Persistent:
+    """Pickles as EDM's persistent classes do: a call of torch_utils.persistence with source and state."""
+
+    def __init__(self, class_name, state):
+        source = "raise SystemExit('embedded source was executed')"
+        self.meta = dict(type="class", version=6, module_src=source, class_name=class_name, state=state)
+
+    def __reduce__(self):
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
+
+
+def persistent(module, class_name=None):
+    if isinstance(module, nn.ModuleDict):
+        container = nn.ModuleDict()
+        container._modules = OrderedDict((name, persistent(child)) for name, child in module.items())
+        return container
+    names = ("training", "dropout", "in_channels")
+    state = {name: module.__dict__[name] for name in names if name in module.__dict__}
+    state["_parameters"] = module._parameters
+    buffers = ((name, value) for name, value in module._buffers.items() if name != "frequencies")
+    state["_buffers"] = OrderedDict(buffers)
+    children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Identity)}
+    state["_modules"] = OrderedDict((name, persistent(child)) for name, child in children.items())
+    return Persistent(class_name or type(module).__name__, state)
+
+
+@pytest.fixture
+def edm_pickle(monkeypatch, tmp_path):
+    """Write a network as EDM publishes it; returns the path."""
+    package, module = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("embedded source was executed")
+
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, "torch_utils", package)
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
+
+    def write(net, inner="SongUNet", outer="EDMPrecond", sigma_data=0.5, **extra):
+        net = copy.deepcopy(net)
+        channels, resolution = net.input_shape[:2]
+        state = dict(
+            img_resolution=resolution, img_channels=channels, label_dim=net.label_dim, use_fp16=False,
+            sigma_min=0, sigma_max=float("inf"), sigma_data=sigma_data, _parameters={}, _buffers={},
+            _modules=OrderedDict(model=persistent(net, inner)),
+        )
+        path = tmp_path / f"{inner}.pkl"
+        path.write_bytes(pickle.dumps({"ema": Persistent(outer, state), **extra}))
+        return path
+
+    return write
+
+
+CONDITIONAL = dict(label_dim=10, augment_dim=9, channel_mult=(2, 2), num_blocks=2, attn_resolutions=(8, 4))
+
+
+@pytest.mark.parametrize("arguments", [dict(), CONDITIONAL, dict(attn_resolutions=())])
+def test_published_pickle_round_trip(edm_pickle, arguments):
+    net = small_net(**arguments)
+    loaded = load_edm(edm_pickle(net, sigma_data=np.float64(0.5)))
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.9])
+    cond = {"class_labels": torch.eye(10)[:2]} if net.label_dim else {}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x, t, **cond), EDMVelocity(net)(x, t, **cond), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_precisions_and_layouts_are_read(dtype, edm_pickle):
+    net = small_net().to(dtype).to(memory_format=torch.channels_last)
+    assert_same(load_edm(edm_pickle(net)).net, net.float())
+
+
+def assert_same(net, original, but=None):
+    """The same weights, except maybe in the tensor `but`."""
+    state, expected = net.state_dict(), original.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state if name != but)
+
+
+def refusal(load, path):
+    """The one line with which a file is refused."""
+    with pytest.raises(fgm.InputError) as refused:
+        load(path)
+    message = str(refused.value)
+    assert message.isprintable() and len(message) < 700 and str(path) in message
+    return message
+
+
+class Attack:
+    def __init__(self, call, argument):
+        self.call, self.argument = call, argument
+
+    def __reduce__(self):
+        return self.call, (self.argument,)
+
+
+def test_nothing_in_a_pickle_is_executed(edm_pickle, tmp_path):
+    ran = tmp_path / "ran"
+    attacks = [Attack(os.system, f"touch {ran}"), Attack(eval, f"open({str(ran)!r}, 'w')")]
+    for attack in attacks:
+        message = refusal(load_edm, edm_pickle(small_net(), hidden=attack))
+        assert f"{attack.call.__module__}.{attack.call.__name__}, which no EDM network needs" in message
+    storage = Attack(torch.storage._load_from_bytes, pickle.dumps(attacks[0]))  # in a tensor's bytes
+    assert "Weights only load failed" in refusal(load_edm, edm_pickle(small_net(), hidden=storage))
+    assert not ran.exists()
+
+
+def of_numpy(opcodes):
+    """A pickle that calls for numpy's dtype of 8-byte floats, and goes on."""
+    return b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8\x89\x88tR" + opcodes
+
+
+@pytest.mark.parametrize("opcodes, message", [
+    (b"", "EOFError"),
+    (b"}.", "KeyError: 'ema'"),
+    (b"(iposix\nsystem\n.", "it names posix.system"),
+    (b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aNsb.", "it sets the state of a function"),
+    (b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8tR.", "numbers of a type that no EDM network has"),
+    (of_numpy(b"(K\x03X\x01\x00\x00\x00>tb."), "it sets the state of"),
+    (b"\x8e" + struct.pack("<Q", 2**62), "EOFError"),
+    (b"j\xff\xff\xff\x7f.", "Memo value not found"),
+    (b"\x82\x01.", "unregistered extension"),
+])
+def test_hostile_pickles_are_refused(opcodes, message, tmp_path):
+    path = tmp_path / "hostile.pkl"
+    path.write_bytes(b"\x80\x04" + opcodes)
+    assert message in refusal(load_edm, path)
+
+
+@pytest.mark.parametrize("size, stride, offset, message", [
+    ((2**20, 2**20), (0, 0), 0, "more numbers than the file"),
+    ((2, 2), (2, 1), 1, "out of bounds"),
+    ((2, -2), (2, 1), 0, "sizes=\\[2, -2\\]"),
+])
+def test_tensors_outside_of_their_bytes_are_refused(size, stride, offset, message):
+    assert torch.equal(published.tensor(torch.arange(4.0), 0, (2, 2), (2, 1)), torch.arange(4.0).view(2, 2))
+    with pytest.raises((fgm.InputError, RuntimeError), match=message):
+        published.tensor(torch.arange(4.0), offset, size, stride)
+
+
+@pytest.mark.parametrize("outer, inner, attributes, child, message", [
+    ("EDMPrecond", "SongUNet", dict(num_heads=1, skip_scale=0.5**0.5), "UNetBlock", None),
+    ("VPPrecond", "SongUNet", {}, "UNetBlock", "it has VPPrecond, which is not supported"),
+    ("EDMPrecond", "DhariwalUNet", {}, "UNetBlock", "it has DhariwalUNet, which"),
+    ("EDMPrecond", "SongUNet", dict(num_heads=4, eps=1e-5), "UNetBlock", "num_heads other than 1, eps other"),
+    ("EDMPrecond", "SongUNet", {}, "FourierEmbedding", "the Fourier embedding of NCSN"),
+])
+def test_networks_that_compute_otherwise_are_refused(outer, inner, attributes, child, message):
+    child = published.Module(child, {"_modules": {}})
+    network = published.Module(inner, {"_modules": {"child": child}, **attributes})
+    if message is None:
+        published.check_variant(published.Module(outer), network)
+    else:
+        with pytest.raises(fgm.InputError, match=message):
+            published.check_variant(published.Module(outer), network)
+
+
+def test_layers_and_numbers_that_would_be_wrong_are_refused(edm_pickle):
+    net = small_net()
+    net.dec["8x8_aux_skip"] = Conv(16, 1, 3)
+    assert "connections of NCSN++ between resolutions" in refusal(load_edm, edm_pickle(net))
+
+    net = small_net()
+    net.enc["4x4_down"].conv0.resample_filter[0, 0, 0, 0] = 0.5
+    assert "its resampling filter is not supported" in refusal(load_edm, edm_pickle(net))
+
+    net = small_net().double()
+    net.map_layer1.weight.data[3, 4] = 1e300
+    assert "map_layer1.weight in it holds numbers that are not finite" in refusal(load_edm, edm_pickle(net))
+    assert "sigma_data is not in (0, 1000)" in refusal(load_edm, edm_pickle(net, sigma_data=math.nan))
+
+
+# ---- Network files -----------------------------------------------------------------------------------------
+
+NETWORK = dict(
+    img_resolution=8, in_channels=1, out_channels=1, label_dim=0, model_channels=16, channel_mult=[1, 2],
+    num_blocks=1, attn_resolutions=[4], dropout=0.0,
+)
+GENERATOR = dict(t_star=0.9, c_in=1.0, c_skip=0, c_out=0.9)
+
+
+def network_file(path, tensors=None, generator=None, classes=(), class_counts=(), **changes):
+    """A network file of ours, with changes to the description of its network."""
+    about = {"network": NETWORK | changes, "data": "digits", "classes": classes, "class_counts": class_counts}
+    if generator is not None:
+        about["generator"] = generator
+    save_file(tensors or small_net().state_dict(), path, {"about": json.dumps(about)})
+    return path
+
+
+@pytest.mark.parametrize("generator", [None, GENERATOR])
+def test_network_files_are_read(generator, tmp_path):
+    net, about = load_network(network_file(tmp_path / "file.safetensors", generator=generator))
+    assert not net.training and about["network"] == NETWORK and about.get("generator") == generator
+    assert_same(net, small_net())
+
+
+@pytest.mark.parametrize("changes", [
+    dict(colour=3), dict(img_resolution="8"), dict(img_resolution=16), dict(label_dim=None),
+    dict(label_dim=10**6), dict(in_channels=10**9, out_channels=10**9), dict(out_channels=2),
+    dict(num_blocks=100), dict(channel_mult=2), dict(channel_mult=[1, 10**9]), dict(model_channels=17),
+    dict(dropout=math.nan), dict(dropout=None), dict(edm_sigma_data=0), dict(edm_sigma_data=0.5),
+    dict(generator={}), dict(generator={"t_star": 2}), dict(generator={"t_star": 0.9, "net": 1.0}),
+    dict(classes=None), dict(class_counts=[1]), dict(tensors={"x": torch.ones(1)}),
+], ids=str)
+def test_hostile_network_files_are_refused(changes, tmp_path):
+    refusal(load_network, network_file(tmp_path / "hostile.safetensors", **changes))
+
+
+def test_classes_and_their_counts_must_fit(tmp_path):
+    net, path = small_net(label_dim=2), tmp_path / "file.safetensors"
+    network_file(path, net.state_dict(), label_dim=2, classes=["a", "b"], class_counts=[1, 2])
+    assert load_network(path)[1]["classes"] == ["a", "b"]
+    for classes, counts in ((["a", 5], [1, 2]), (["a", "b"], [1, 0]), (["a"], [1, 2])):
+        network_file(path, net.state_dict(), label_dim=2, classes=classes, class_counts=counts)
+        refusal(load_network, path)
+
+
+def test_what_is_no_network_file_is_refused(tmp_path):
+    path = tmp_path / "file.safetensors"
+    for metadata in (None, {"about": ""}, {"about": "[" * 10**5}):
+        save_file(small_net().state_dict(), path, metadata)
+        assert "no network file of cifar.py" in refusal(load_network, path)
+    for load in (load_edm, load_network):
+        for nothing in (tmp_path, tmp_path / "missing"):
+            assert "cannot read" in refusal(load, nothing)
+
+
+def test_a_teacher_must_fit_the_data(tmp_path):
+    real, path = load_images("digits"), tmp_path / "teacher.safetensors"
+    description = dict(label_dim=10, classes=real.classes, class_counts=[1] * 10)
+    network_file(path, small_net(label_dim=10).state_dict(), **description)
+    assert load_teacher(path, real, cond=True)[1]["label_dim"] == 10
+
+    with pytest.raises(fgm.InputError, match=r"has the classes \['0', '1', .* the data \['9'"):
+        load_teacher(path, real._replace(classes=real.classes[::-1]), cond=True)
+    with pytest.raises(fgm.InputError, match="conditional on 10 classes, asked for is unconditional"):
+        load_teacher(path, real, cond=False)
+    with pytest.raises(fgm.InputError, match=r"shape \[1, 8, 8\], the data has \[3, 8, 8\]"):
+        load_teacher(path, real._replace(pixels=real.pixels.expand(-1, 3, -1, -1)), cond=True)
+    network_file(path, small_net(label_dim=10).state_dict(), generator=GENERATOR, **description)
+    with pytest.raises(fgm.InputError, match="one-step generator, no teacher"):
+        load_teacher(path, real, cond=True)
+
+
+# ---- Mutations ---------------------------------------------------------------------------------------------
+
+MUTATIONS = int(os.environ.get("FGM_MUTATIONS", 100))  # by hand: 2000
+
+
+def assert_faults_are_noticed(load, path, original):
+    """A file with one byte changed, or cut, is refused, or read with all weights of the original. Only the
+    tensor among whose numbers the byte lies may have others. Nine faults of ten lie outside of numbers."""
+    content, random, owners = path.read_bytes(), np.random.default_rng(0), {}
+    for name, value in original.state_dict().items():
+        start = content.index(value.numpy().tobytes())
+        owners |= dict.fromkeys(range(start, start + value.nbytes), name)
+    structure = [place for place in range(len(content)) if place not in owners]
+
+    assert_same(load(path), original)
+    for _ in range(MUTATIONS):
+        place = int(random.integers(len(content)) if random.random() < 0.1 else random.choice(structure))
+        rest = b"" if random.random() < 0.1 else random.bytes(1) + content[place + 1 :]
+        path.write_bytes(content[:place] + rest)
+        try:
+            net = load(path)
+        except fgm.InputError as refused:
+            assert str(refused).isprintable()
+        else:
+            assert_same(net, original, but=owners.get(place))
+
+
+def test_faults_in_pickles_are_noticed(edm_pickle):
+    net = small_net(label_dim=3)
+    assert_faults_are_noticed(lambda path: load_edm(path).net, edm_pickle(net), net)
+
+
+def test_faults_in_network_files_are_noticed(tmp_path):
+    net = small_net(label_dim=3)
+    path = network_file(tmp_path / "file.safetensors", net.state_dict(), GENERATOR, list("abc"), [1, 2, 3],
+                        label_dim=3)
+    assert_faults_are_noticed(lambda path: load_network(path)[0], path, net)

@@ -1,0 +1,142 @@
+"""The loops of fgm.py as a user calls them: what they learn, accumulation, extra losses, conditions."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+import fgm
+import toy2d
+from training import checkpoint
+from training.run import FolderRun
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+def networks(seed=0):
+    torch.manual_seed(seed)
+    teacher = toy2d.VelocityMLP(width=16, depth=2)
+    return teacher, fgm.OneStepGenerator(copy.deepcopy(teacher), 0.8), copy.deepcopy(teacher)
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def distilled(**settings):
+    teacher, generator, flow = networks()
+    settings = {"steps": 8, "batch": 12, "lr": 1e-3, "l1_weight": 1.0} | settings
+    return weights(fgm.distill(teacher, generator, flow, (2,), **settings)[0])
+
+
+def test_train_flow_learns_a_gaussian():
+    """The velocity of data N(0, s^2) is x (t - (1 - t) s^2) / (t^2 + (1 - t)^2 s^2): here 1.2 x."""
+    torch.manual_seed(0)
+    data = 0.5 * torch.randn(50_000, 2)
+    net = toy2d.VelocityMLP(width=32, depth=2)
+    settings = dict(steps=400, batch=256, lr=3e-3, betas=(0.9, 0.999), lr_decay=0.5, ema_decay=0.99)
+    net, _ = fgm.train_flow(net, lambda seeds: (data[seeds % len(data)], {}), **settings)
+
+    t = torch.full((4000,), 0.5)
+    x = fgm.interpolate(data[:4000], torch.randn(4000, 2), t)
+    error, exact = net(x, t) - 1.2 * x, 1.2 * x
+    assert fgm.dot(error, error).mean() < 0.02 * fgm.dot(exact, exact).mean()
+
+
+def test_accumulation_equals_one_batch():
+    assert (distilled() - distilled(micro_batch=4)).norm() < 1e-5 * distilled().norm()
+    with pytest.raises(ValueError, match="micro-batch 5"):
+        distilled(micro_batch=5)
+
+
+def test_log_and_checkpoints_change_nothing(tmp_path):
+    assert torch.equal(distilled(), distilled(run=FolderRun(tmp_path, save_every=3, log_every=2)))
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_a_learner_is_adam_and_keeps_no_moment_that_is_never_used(beta1):
+    net = torch.nn.Linear(9, 7)
+    other = copy.deepcopy(net)
+    learner = fgm.Learner(net, 1e-2, (beta1, 0.999), 1e-8, clip=0.1)
+    adam = torch.optim.Adam(other.parameters(), lr=1e-2, betas=(beta1, 0.999), fused=True)
+    for _ in range(5):
+        x = torch.randn(8, 9)
+        net(x).square().mean().backward()
+        learner.update(1.0, passes=1)
+        other(x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        adam.step()
+        adam.zero_grad()
+    assert torch.equal(weights(net), weights(other))
+    saved = {name.partition(".")[2] for name in checkpoint.state_tensors({"net": learner})}
+    moments = ("exp_avg", "exp_avg_sq") if beta1 else ("exp_avg_sq",)
+    assert saved == {f"{kind}.{name}" for kind in ("parameter", *moments) for name in ("weight", "bias")}
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+
+    def forward(self, x, t):
+        return self.layer(torch.cat([x, t[:, None]], 1)).tanh()
+
+
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_run_moves_the_weights_alike(tmp_path):
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        teacher = Small()
+        nets = teacher, fgm.OneStepGenerator(copy.deepcopy(teacher), 0.8), copy.deepcopy(teacher)
+        run = FolderRun(tmp_path / str(compile), log_every=1)
+        settings = dict(steps=3, batch=12, lr=1e-2, run=run, compile=compile)
+        results.append(weights(fgm.distill(*nets, (2,), **settings)[0]))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
+    assert (results[0] - weights(teacher)).norm() > 1e-3
+
+
+class Extra(torch.nn.Module):
+    """An extra loss of the flow, and of the generator, which may be a constant in warm-up."""
+
+    def __init__(self, size, of_generator=True):
+        super().__init__()
+        self.head, self.size, self.of_generator = torch.nn.Linear(2, 1), size, of_generator
+
+    def flow_loss(self, flow, x0, seeds, cond):
+        return self.size * self.head(x0)[:, 0]
+
+    def generator_loss(self, flow, x0, seeds, cond):
+        return self.flow_loss(flow, x0, seeds, cond) if self.of_generator else torch.zeros(len(x0))
+
+
+def test_extra_losses_reach_both_networks():
+    plain = distilled(t_flow=(1e-30, 2.0))  # the flow draws times of its own, as with an extra loss
+    nothing, something = distilled(extra=Extra(0.0)), distilled(extra=Extra(5.0))
+    assert torch.equal(plain, nothing) and not torch.equal(plain, something)
+    assert torch.equal(plain, distilled(extra=Extra(1.0, of_generator=False)))
+
+
+class Labelled(torch.nn.Module):
+    def __init__(self, calls):
+        super().__init__()
+        self.net, self.calls = torch.nn.Linear(2, 2), calls
+
+    def forward(self, x, t, labels):
+        self.calls.append(labels.tolist())
+        return self.net(x) + labels[:, None]
+
+
+def test_conditions_reach_every_network_and_follow_the_seeds():
+    calls = []
+    nets = [Labelled(calls) for _ in range(3)]
+    generator = fgm.OneStepGenerator(nets[1], 0.9)
+    settings = dict(steps=2, batch=6, conditions=lambda seeds: {"labels": seeds % 10})
+    labels = [(fgm.Draws(6, "cpu", 0, fgm.DISTILLATION, 0, k).seeds() % 10).tolist() for k in (0, 1)]
+    fgm.distill(nets[0], generator, nets[2], (2,), **settings, flow_updates=2)
+    # generator, flow; generator, flow, teacher: no other pass
+    assert calls[:5] == [labels[0]] * 2 + [labels[1]] * 3 and len(calls) == 10
+    calls.clear()
+    fgm.distill(nets[0], generator, nets[2], (2,), **settings)
+    assert calls[:3] == [labels[0]] * 3 and len(calls) == 6

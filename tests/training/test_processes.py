@@ -1,0 +1,163 @@
+"""Several processes: they equal one, and none waits for another that has ended."""
+
+import copy
+import functools
+import os
+import re
+import runpy
+import shutil
+
+import pytest
+import torch
+from helpers import ROOT, call, forked, joined
+from safetensors.torch import load_file
+from test_loops import distilled
+from test_resume import SMALL, finished, json_lines  # noqa: F401
+
+import fgm
+import toy2d
+from training import processes
+from training.run import FolderRun, command, save_weights
+
+
+def as_command(work, *arguments):
+    command(functools.partial(work, *arguments))
+
+
+def outputs(folder):
+    return [(folder / f"{rank}.txt").read_text() for rank in (0, 1)]
+
+
+def test_two_processes_equal_one(finished, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    arguments = "toy2d.py", *SMALL, "--out", out, "--micro-batch", 4
+    statuses = joined(forked(call, *arguments, processes=2, out=tmp_path))
+    assert statuses == [0, 0], outputs(tmp_path)
+    for one, two in zip(json_lines(finished[0] / "log.jsonl"), json_lines(out / "log.jsonl"), strict=True):
+        for name in {"flow_loss", "flow_loss_by_t", "bound", "bound_error", "bound_by_t"} & one.keys():
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
+    for name in ("teacher.safetensors", "generator.safetensors"):
+        one, two = load_file(finished[0] / name), load_file(out / name)
+        assert all((one[key] - two[key]).norm() <= 1e-4 * one[key].norm() for key in one)
+
+
+def distil_with_pictures(folder):
+    """As a large network, which several processes share, and as a small one; goes on with what is there."""
+    processes.setup("cpu")
+    for processes.GATHERED_WHOLE in (0, 1e9):
+        torch.manual_seed(0)
+        net = toy2d.VelocityMLP(width=16, depth=2)
+        networks = [net, copy.deepcopy(net), copy.deepcopy(net)]
+        for network in networks:
+            layers = [layer for layer in network.net if isinstance(layer, torch.nn.Linear)]
+            processes.shard(network, layers)
+        z, out = torch.randn(4, 2), folder / f"{processes.GATHERED_WHOLE:g}"
+        run = FolderRun(out, save_every=2, picture_every=2)
+        run.picture = lambda step, generator, z=z: {"mean": generator(z).mean().item()}
+        generator = fgm.OneStepGenerator(networks[1], 0.8)
+        settings = dict(steps=6, batch=8, lr=1e-2, ema_decay=0.9)
+        fgm.distill(networks[0], generator, networks[2], (2,), run=run, **settings)
+        save_weights(generator.net, out / "generator.safetensors")
+
+
+def test_sharded_networks_and_replicas_on_two_processes_equal_one(tmp_path):
+    """Pictures between steps change nothing; two go on with what one has begun, and the other way round."""
+    results = []
+
+    def distil(folder, number):
+        started = forked(as_command, distil_with_pictures, folder, processes=number, out=tmp_path)
+        assert {*joined(started)} == {0}, outputs(tmp_path)
+
+    def take_results():
+        for path in tmp_path.glob("*/*/generator.safetensors"):
+            results.append(torch.cat([value.flatten() for value in load_file(path).values()]))
+            path.unlink()
+            shutil.rmtree(path.parent / "checkpoints/distill-000000006")
+
+    distil(tmp_path / "one", None)
+    distil(tmp_path / "two", 2)
+    take_results()
+    distil(tmp_path / "one", 2)
+    distil(tmp_path / "two", None)
+    take_results()
+    assert len(results) == 8
+    assert all((result - results[0]).norm() < 1e-6 * results[0].norm() for result in results)
+
+
+def fail_alone(kind):
+    processes.setup("cpu")
+
+    def fail():
+        raise kind("no such luck")
+
+    processes.first_process(fail)
+
+
+@pytest.mark.parametrize("kind, status, message", [
+    (fgm.InputError, 2, "no such luck"), (KeyError, 1, "another process has ended"),
+])
+def test_the_wait_ends_where_the_first_process_fails(kind, status, message, tmp_path):
+    assert joined(forked(as_command, fail_alone, kind, processes=2, out=tmp_path)) == [status, 2]
+    assert message in outputs(tmp_path)[1].splitlines()[-1]
+
+
+def run_in_a_folder_of_its_own(folder):
+    processes.setup("cpu")
+    own = folder / str(fgm.process_rank())
+    own.mkdir()
+    os.chdir(own)
+    distilled(run=FolderRun("out"))
+
+
+def test_processes_without_a_common_folder_are_told_at_the_start(tmp_path):
+    """As two machines whose disks are their own."""
+    statuses = joined(forked(as_command, run_in_a_folder_of_its_own, tmp_path, processes=2, out=tmp_path))
+    assert statuses == [2, 2]
+    for text in outputs(tmp_path):
+        assert "out is not the same folder for all processes" in text and text.count("\n") == 1
+
+
+def run_script(path):
+    """As torchrun would, in the script's folder."""
+    os.chdir(path.parent)
+    if "RANK" in os.environ:
+        os.environ["TORCHELASTIC_RUN_ID"] = "test"
+    runpy.run_path(path)
+    os._exit(0)  # gloo's threads
+
+
+def test_the_own_network_of_the_readme_trains_alike_on_two_processes(tmp_path):
+    """As written there, but for fewer steps."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "steps=2000" in code and "batch=512" in code
+    code = code.replace("steps=2000", "steps=20")
+    code += "\nimport os\ntorch.save(generator.state_dict(), os.environ.get('RANK', 'alone') + '.pt')\n"
+    code += "assert fgm.world_size() == int(os.environ.get('WORLD_SIZE', 1))\n"
+    (tmp_path / "own.py").write_text(code)
+    for number in (None, 2):
+        started = forked(run_script, tmp_path / "own.py", processes=number, out=tmp_path)
+        assert {*joined(started)} == {0}, (tmp_path / "0.txt").read_text()
+    alone, *both = (torch.load(tmp_path / f"{name}.pt") for name in ("alone", 0, 1))
+    for state in both:
+        assert all((state[name] - value).norm() <= 1e-5 * value.norm() for name, value in alone.items())
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(fgm.InputError, match="--device cuda:99: this machine has"):
+        processes.setup("cuda")
+
+
+def test_noise_of_a_seed_is_its_own_and_standard_normal():
+    """Alone, in company, and for seeds that are neighbours or differ only above 32 bits."""
+    seeds = torch.tensor([5, 6, 5 + 2**32, 2**62])
+    noise = processes.noise_from(seeds, (4, 500), "cpu")
+    assert torch.equal(noise[1:2], processes.noise_from(seeds[1:2], (4, 500), "cpu"))
+    correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(4)
+    assert correlation.abs().max() < 0.1
+
+    noise = processes.noise_from(torch.arange(1000), (10, 100), "cpu")
+    assert noise.dtype == torch.float32 and noise.shape == (1000, 10, 100)
+    moments = [(noise.double() ** k).mean().item() for k in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.02)  # standard deviations: 1, 1.4, 4, 10 / 1000
+    assert abs((noise[1:] * noise[:-1]).mean().item()) < 0.005

@@ -1,0 +1,67 @@
+"""The 2-D command: its data sets, its energy distance, its table, bad command lines."""
+
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, drive_here
+from test_files import SMALL
+
+import toy2d
+from training.run import command
+
+
+def test_energy_distance_against_the_definition():
+    x, y = toy2d.toy_data("moons", 900, 1).double(), 1.2 * toy2d.toy_data("rings", 800, 2).double()
+    xy, xx, yy = torch.cdist(x, y), torch.cdist(x, x), torch.cdist(y, y)
+    direct = 2 * xy.mean() - xx.sum() / (900 * 899) - yy.sum() / (800 * 799)
+    assert toy2d.energy_distance(x, y) == pytest.approx(direct.item(), rel=5e-3)
+    a, b = toy2d.toy_data("moons", 20_000, 1), toy2d.toy_data("moons", 20_000, 2)
+    assert abs(toy2d.energy_distance(a, b)) < 5e-4
+
+
+@pytest.mark.parametrize("name", toy2d.DATA)
+def test_data_sets_are_about_unit(name):
+    x = toy2d.toy_data(name, 50_000)
+    assert x.mean(0).abs().max() < 0.4 and 0.5 < x.std() < 1.5
+
+
+def test_unknown_data_set_is_named():
+    with pytest.raises(ValueError, match="unknown data set"):
+        toy2d.toy_data("circles", 10)
+
+
+def test_all_data_sets_with_a_movie_in_the_users_folder(tmp_path, monkeypatch):
+    """One table with a row each; ~ is expanded."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(toy2d, "DATA", ("moons", "rings"))
+    done = drive_here(toy2d, *SMALL, "--data", "all", "--out=~/all", "--movie")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["moons", "rings"] and all(len(row) == 9 for row in rows)
+    assert (tmp_path / "all/moons/movie.gif").exists() and (tmp_path / "all/rings/movie.gif").exists()
+    assert "training the teacher" in done.stdout and "distilling" in done.stdout
+    assert "steps/s" in done.stdout and "images" not in done.stdout
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "nothing"], "invalid choice: 'nothing'"),
+    (["--colour", "red"], "unrecognized arguments"),
+    (["--steps", "0"], "argument --steps: must be in [1, 1e9], got 0"),
+    (["--lr", "nan"], "argument --lr: must be in (0, 1e9], got nan"),
+    (["--lr", "many"], "invalid float value"),
+    (["--t-flow", "0", "-1"], "argument --t-flow: must be in [0, 20], got -1.0"),
+    (["--micro-batch", "3"], "global batch 4"),
+    (["--resume", "--overwrite"], "give one of them"),
+    (["--out", str(ROOT / "README.md")], "cannot write to the output folder"),
+    (["--out", "x" * 300], "File name too long"),
+    (["--out", ""], "argument --out: is empty"),
+])
+def test_bad_command_lines(arguments, message, tmp_path, monkeypatch, capfd):
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "x")]
+    monkeypatch.setattr(sys, "argv", ["toy2d.py", *SMALL, *out, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command(toy2d.main)
+    error = capfd.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("toy2d.py: ") and message in error, error
+    assert error.count("\n") == 1 and not list(tmp_path.glob("x/*"))
