@@ -1,4 +1,4 @@
-"""The pictures of toy2d.ipynb: the bound (the mean of R_u - R_v) blue, L1 orange, the flow's loss green."""
+"""The pictures of toy2d.ipynb, in the colours of progress.png."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -6,9 +6,7 @@ import torch
 from matplotlib.colors import PowerNorm
 
 from points.pictures import EDGE, histogram
-
-COLOURS = {"bound": "C0", "l1": "C1", "flow_loss": "C2"}  # as in progress.png
-LABELS = {"bound": "bound, the mean of R_u - R_v", "l1": "L1", "flow_loss": "R_v, the flow's loss"}
+from training.progress import COLOURS, TITLES
 
 
 def draw_densities(panels):
@@ -32,7 +30,7 @@ def draw_curve(axis, rows, names, window=10, **style):
     for name in names:
         values = np.array([row[name] for row in rows[: windows * window]])
         means = values.reshape(windows, window).mean(1)  # [steps] -> [windows, window] -> [windows]
-        axis.plot(steps, means, COLOURS[name], **{"label": LABELS[name]} | style)
+        axis.plot(steps, means, color=COLOURS[name], **{"label": TITLES[name]} | style)
 
     if "bound" in names:
         axis.axhline(0, color="black", linewidth=0.6)

@@ -14,12 +14,12 @@ import fgm
 
 def shorter(train):
     def train_shorter(*networks, steps, **settings):
-        return train(*networks, steps=max(steps // 40, 10), **settings)
+        return train(*networks, steps=max(steps // 100, 10), **settings)
     return train_shorter
 
 fgm.distill, fgm.train_flow = shorter(fgm.distill), shorter(fgm.train_flow)
 """
-NUMBERS = {"SAMPLES = 50_000": "SAMPLES = 5_000", "UPDATES = 600": "UPDATES = 20", "51_200": "2_560"}
+NUMBERS = {"SAMPLES = 50_000": "SAMPLES = 2_000", "UPDATES = 600": "UPDATES = 20", "51_200": "1_024"}
 
 
 @pytest.fixture
@@ -50,6 +50,37 @@ def test_stored_outputs_are_of_one_run_in_order_and_small(notebook):
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
     assert sum(pictures(cells)) >= 8
     assert not re.search(r"/(tmp|home|work|root)/", NOTEBOOK.read_text())  # paths of the machine
+
+
+def numbers(text, row):
+    """The decimal numbers of the printed line that begins so."""
+    (line,) = re.findall(f"^{re.escape(row)}.*$", text, re.MULTILINE)
+    return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line[len(row):])]
+
+
+def test_stored_numbers_bear_the_text(notebook):
+    text = printed(notebook)
+    one_step, many_steps = numbers(text, "score of one step")
+    assert one_step < 0.3 and many_steps < 0.3
+
+    networks, cure = text.split("defect at t = 0.8")
+    defects = {name: [abs(value) for value in numbers(networks, name)[::2]] for name in (
+        "independent noise", "optimal transport", "rectified", "wrong sign", "t reversed", "both")}
+    assert max(defects.pop("independent noise")) < 0.03
+    assert min(max(values) for values in defects.values()) > 0.9
+
+    one_step = {name: numbers(cure, name)[3:] for name in (
+        "independent noise", "optimal transport", "the same, trained on")}
+    assert min(one_step["optimal transport"]) > 50
+    assert max(one_step["the same, trained on"] + one_step["independent noise"]) < 2
+
+    for seed in range(3):
+        scores, before, error, after, _ = zip(
+            *[numbers(text, f"{run}, seed {seed}")
+              for run in ("healthy", "lags: flow_lr 1e-5", "diverges: lr 3e-2")], strict=True)
+        assert scores[0] < scores[1] < scores[2]
+        assert after[1] > 5 * before[1]
+        assert after[0] < 1.2 * before[0] and after[2] < 1.2 * before[2]
 
 
 def test_notebook_runs(notebook):
