@@ -100,8 +100,8 @@ def velocity(net, xt, t, **cond):
     """net(xt, t, **cond), float32 or better. xt: [B, ...], t: [B].
 
     A network whose weights are bfloat16 or float16 computes in these. Raises InputError if v is no tensor or
-    has another shape than xt, if xt needs a gradient that v does not have, and for weights in float64 beside
-    float32 samples."""
+    has another shape than xt, if xt needs a gradient that v does not have, and if weights and samples differ
+    by float64 against float32."""
     with precision_of(net, xt):
         v = net(xt, t, **cond)
 
@@ -316,8 +316,8 @@ class Guided(nn.Module):
 ADVICE = {  # by what torch says from deep inside a pass
     "use_reentrant=True|None of the inputs have requires_grad|does not require grad":
         "a network's gradients are cut off: it must have no torch.no_grad or detach inside, and activation "
-        "checkpointing must be that of torch.utils.checkpoint with use_reentrant=False",
-    "same dtype|should be the same": "samples, conditions and weights differ in dtype: make all float32",
+        "checkpointing must be off, or that of torch.utils.checkpoint with use_reentrant=False",
+    "same dtype|should be the same": "samples, conditions and weights must be float32, on one device",
 }
 
 
@@ -416,6 +416,12 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                 with autocast, torch.set_grad_enabled(both):
                     x0 = generator(z[rows], **cond)
 
+                if step == 0 and k == 0 and i == 0:
+                    check_scale("what the generator makes", x0)
+                    if not both:  # a trial, which finds a fault of the teacher before the flow has moved
+                        functional_gradient(teacher, flow, x0, part, weight)
+                        flow.zero_grad(set_to_none=False)
+
                 if not both:
                     _, losses = learn_flow(flow, x0, part, extra)
                 elif one_functional:
@@ -423,8 +429,6 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                 else:
                     at_x0, losses = separate_gradients(teacher, flow, x0, part, l1_weight, weight, extra)
 
-                if step == 0 and i == 0:
-                    check_scale("what the generator makes", x0)
                 if both:
                     x0.backward(loss_scale * at_x0)
                     run.log_by_t(part.t, bound=losses["bound"])
@@ -518,9 +522,8 @@ def train_flow(net, data, *, steps, batch, micro_batch=None, lr=2e-5, betas=(0.9
     [B], on the CPU, choose. batch is global, micro_batch what a process takes at a time (None: its share).
     The learning rate rises over lr_warmup steps and falls to 0 over the last share lr_decay of all; clip
     bounds the norm of a gradient. t ~ logit-normal(*t_flow). run: what surrounds the loop. Every step seeds
-    torch's default generator.  Returns (net, with the
-    moving average as its weights, seconds spent). Raises InputError (a ValueError) for what users get wrong,
-    Diverged for a non-finite loss or gradient."""
+    torch's default generator. Returns (net, with the moving average as its weights, seconds spent). Raises
+    InputError (a ValueError) for what users get wrong, Diverged for a non-finite loss or gradient."""
     check_networks(net=net)
     settings = dict(
         steps=steps, batch=batch, lr=lr, betas=betas, eps=eps, lr_warmup=lr_warmup, lr_decay=lr_decay,
@@ -569,9 +572,10 @@ class Learner:
         self.module, self.lr, self.clip, self.ema_decay = module, lr, clip, ema_decay
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.updates = 0
-        if {p.dtype for p in self.parameters.values()} not in ({torch.float32}, {torch.float64}):
-            raise InputError(f"a network in training, a {type(module).__name__} here, needs trainable "
-                             "parameters, all in float32: bfloat16 weights would not move at such rates")
+        dtypes = {p.dtype for p in self.parameters.values()}
+        if dtypes not in ({torch.float32}, {torch.float64}):
+            raise InputError(f"a {type(module).__name__} in training needs trainable parameters, all in "
+                             f"float32 (others are too coarse for small steps), and has {dtypes or 'none'}")
         if world_size() > 1:
             for value in replicated([*module.parameters(), *module.buffers()]):
                 dist.broadcast(value.detach(), 0)
@@ -712,6 +716,8 @@ def draw_data(data, seeds):
     if not isinstance(batch, tuple) or len(batch) != 2:
         raise InputError("data(seeds) must return (x0, cond): a tensor [B, ...] and a dict, {} for none")
     x0, cond = batch
+    if not torch.is_tensor(x0) or x0.shape[:1] != seeds.shape:
+        raise InputError(f"data(seeds) must give x0 as a tensor with one row for each seed, {len(seeds)}")
     check_conditions("data", cond, len(seeds))
     return x0, cond
 
@@ -738,8 +744,13 @@ def replicated(tensors):
 
 
 def precision_of(net, x):
-    """The context of a network's pass: autocast to its weights' dtype, if that is bfloat16 or float16."""
+    """The context of a network's pass: autocast to its weights' dtype, if that is bfloat16 or float16.
+
+    Raises InputError where float64 meets float32."""
     weight = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+    if weight is not None and {weight.dtype, x.dtype} == {torch.float32, torch.float64}:
+        raise InputError(f"a {type(net).__name__} with weights in {weight.dtype} was given samples in "
+                         f"{x.dtype}: make both float32, by net.float() or x.float()")
     if weight is None or weight.dtype not in (torch.bfloat16, torch.float16):
         return nullcontext()
     return torch.autocast(x.device.type, weight.dtype, cache_enabled=False)
@@ -764,7 +775,7 @@ def micro_batches(batch, micro_batch=None):
     """(passes, micro-batch): batch is micro-batch x accumulation x processes. Raises InputError if not."""
     share, rest = divmod(batch, world_size())
     micro = micro_batch or max(share, 1)
-    if rest or share % micro:
+    if batch < 1 or rest or share % micro:
         raise InputError(f"the global batch {batch} is not micro-batch x accumulation x processes "
                          f"with micro-batch {micro} and {world_size()} processes")
     return share // micro, micro
