@@ -66,14 +66,19 @@ def test_defect_of_a_t_for_each_sample():
     assert value > 0.3 > 20 * error
 
 
+@pytest.mark.parametrize("sign, expected", [(1, 0), (-1, 2)])  # E <-u - c, -u> = 2 E |u|^2, by (4.7)
 @pytest.mark.parametrize("t", [0.2, 0.95])
-def test_standard_error_is_the_spread_over_repeats(t):
+def test_standard_error_is_the_spread_over_repeats(t, sign, expected):
     mixture = one_flat_component()
     torch.manual_seed(0)
-    repeats = [fgm.defect(mixture.velocity, mixture.sample(500), t) for _ in range(400)]
+
+    def net(x, t):
+        return sign * mixture.velocity(x, t)
+
+    repeats = [fgm.defect(net, mixture.sample(500), t) for _ in range(400)]
     values, errors = torch.tensor(repeats).T
     assert 0.85 < errors.mean() / values.std() < 1.15  # the spread of 400 repeats is known to 3.5 %
-    assert abs(values.mean()) < 5 * values.std() / 20
+    assert abs(values.mean() - expected) < 5 * values.std() / 20
 
 
 # ---- The defect: far from 0 for what is none, by closed forms ----------------------------------------------
