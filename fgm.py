@@ -309,8 +309,8 @@ class Guided(nn.Module):
 
 # ---- Errors from inside a network, in plain words ----------------------------------------------------------
 
-CUT_OFF = ("a network's gradients are cut off: there must be no torch.no_grad or detach inside, and activation "
-           "checkpointing must be off, or that of torch.utils.checkpoint with use_reentrant=False")
+CUT_OFF = ("a network's gradients are cut off: it must have no torch.no_grad or detach inside, and "
+           "activation checkpointing must be off, or that of torch.utils.checkpoint with use_reentrant=False")
 DTYPES = "samples, conditions and weights must be float32, on one device"
 ADVICE = {  # by what torch says from deep inside a pass
     "use_reentrant=True": CUT_OFF, "None of the inputs have requires_grad": CUT_OFF,
@@ -415,6 +415,9 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                     x0 = generator(z[rows], **cond)
                 if step == update == i == 0:
                     check_scale("what the generator makes", x0)
+                    if not last:  # tried now, so that a teacher's fault is found before the flow has moved
+                        shared_backward(teacher, flow, x0, inputs, weight)
+                        flow.zero_grad(set_to_none=False)
 
                 if not last:
                     _, losses = flow_gradients(flow, x0, inputs, extra)

@@ -265,7 +265,7 @@ def test_data_in_other_numbers_are_converted(kind):
     (torch.arange(8), "conditions must be a function of int64 seeds .*, not a Tensor"),
     (lambda seeds: seeds % 3, r"conditions\(seeds\) must give conditions as a dict, not a Tensor"),
     (lambda seeds: None, r"conditions\(seeds\) must give conditions as a dict, not a NoneType"),
-    (lambda seeds: {"label": torch.arange(5)}, r"gives 5 rows of label: give one for each seed, 8"),
+    (lambda seeds: {"label": torch.arange(5)}, r"must give label one row for each seed, .8, ...., not .5."),
     (lambda seeds: {"label": torch.arange(5)[seeds]}, "IndexError .*random .* take row seeds % n of n"),
     (lambda seeds: {"label": torch.arange(5).numpy()[seeds]}, "IndexError .*take row seeds % n of n"),
 ])
@@ -282,7 +282,7 @@ def test_conditions(conditions, message, flow_updates):
     (lambda seeds: [rows(seeds), {}], r"must return \(x0, cond\)"),
     (lambda seeds: (rows(seeds), seeds % 3), r"data\(seeds\) must give conditions as a dict, not a Tensor"),
     (lambda seeds: (rows(seeds), None), "as a dict, not a NoneType"),
-    (lambda seeds: (rows(seeds), {"label": torch.arange(5)}), "gives 5 rows of label: give one for each"),
+    (lambda seeds: (rows(seeds), {"label": torch.arange(5)}), "must give label one row for each seed"),
     (lambda seeds: (DATA[:5], {}), "x0 as a tensor with one row for each seed, 8"),
     (lambda seeds: (DATA[0, 0], {}), "x0 as a tensor with one row for each seed, 8"),
     (lambda seeds: (rows(seeds).numpy(), {}), "x0 as a tensor with one row for each seed, 8"),
