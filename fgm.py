@@ -505,7 +505,8 @@ def separate_gradients(teacher, flow, x0, inputs, l1_weight, weight, extra):
         with frozen(flow, extra):
             with inputs.autocast:
                 extra_loss = extra.generator_loss(flow, leaf, inputs.seeds, inputs.cond)
-            gradient = gradient + torch.autograd.grad(extra_loss.mean(), leaf)[0]
+            if extra_loss.requires_grad:  # not where extra teaches the flow alone
+                gradient = gradient + torch.autograd.grad(extra_loss.mean(), leaf)[0]
         losses |= detached(extra=extra_loss)
     return gradient, losses
 
