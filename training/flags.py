@@ -57,8 +57,8 @@ def path(text):
 class Setting(NamedTuple):
     """One setting: its type, what it may be (as check_setting takes it), its help.
 
-    kind: int, float, str, path, bool (a switch), argparse.BooleanOptionalAction, or None for "no_NAME", a
-    flag that unsets NAME. count and metavar are argparse's nargs and metavar."""
+    kind: int, float, str, path, bool (a switch), or argparse.BooleanOptionalAction. count and metavar are
+    argparse's nargs and metavar."""
 
     kind: object
     allowed: object
@@ -89,7 +89,7 @@ RUN_FLAGS = {
     "save_every": Setting(int, COUNT, "steps between checkpoints", metavar="STEPS"),
     "log_every": Setting(int, COUNT, "steps between lines of log.jsonl", metavar="STEPS"),
     "precision": Setting(str, RANGES["precision"],
-                         "precision of the network passes; auto takes bf16 on a GPU that supports it"),
+                         "precision of the passes; auto is bf16 where the GPU has it"),
     "compile": Setting(bool, None, "compile the networks with torch.compile"),
 }
 PICTURE_FLAG = {"picture_every": Setting(int, COUNT, "distillation steps between pictures", metavar="STEPS")}
@@ -99,9 +99,10 @@ DISTILLATION_FLAGS = {
     "lr": Setting(float, RANGES["lr"], "learning rate of the generator"),
     "flow_lr": Setting(float, RANGES["lr"], "learning rate of the online flow"),
     "ema": Setting(float, RANGES["ema_decay"], "decay of the generator's moving average", metavar="DECAY"),
-    "no_ema": Setting(None, None, "use the generator's last weights instead of their moving average"),
-    "l1_weight": Setting(float, RANGES["l1_weight"], "weight of L1: 1 is the exact gradient (4.10) and the "
-                         "cheapest, 0 the paper's choice for images, -0.4 SiD's alpha 1.2"),
+    "no_ema": Setting(bool, None, "use the generator's last weights instead of their moving average"),
+    "l1_weight": Setting(float, RANGES["l1_weight"], "weight of L1 in the loss L2 + weight * L1; 1: the "
+                         "exact gradient and the cheapest; 0: the paper's choice on images; -0.4: SiD's "
+                         "alpha of 1.2"),
     "weight": Setting(str, list(WEIGHTS), "weight of a sample in the FGM loss (sid: arXiv 2404.04057)"),
     "t_star": Setting(float, RANGES["t_star"], "t* of the generator, eq. (B.1)"),
     "c_in": Setting(float, RANGES["c_in"], "c_in of the generator, eq. (B.1)"),
@@ -113,8 +114,8 @@ DISTILLATION_FLAGS = {
                       2, ("MEAN", "STD")),
     "lr_warmup": Setting(int, RANGES["lr_warmup"], "steps over which the learning rates rise",
                          metavar="STEPS"),
-    "lr_decay": Setting(float, RANGES["lr_decay"], "last share of a phase, in which learning rates fall to 0",
-                        metavar="SHARE"),
+    "lr_decay": Setting(float, RANGES["lr_decay"], "share of the run, at its end, over which learning rates "
+                        "fall to 0", metavar="SHARE"),
     "clip": Setting(float, RANGES["clip"], "clip the gradient of every network to this norm", metavar="NORM"),
     "loss_scale": Setting(float, RANGES["loss_scale"], "factor of the generator's loss"),
     "flow_updates": Setting(int, RANGES["flow_updates"], "updates of the online flow per generator update"),
@@ -140,8 +141,9 @@ def teacher_settings(args):
 def distillation_settings(args, steps):
     """The flags as settings of fgm.distill."""
     return training_settings(args) | dict(
-        steps=steps, lr=args.lr, flow_lr=args.flow_lr, ema_decay=args.ema, l1_weight=args.l1_weight,
-        t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), weight=WEIGHTS[args.weight],
+        steps=steps, lr=args.lr, flow_lr=args.flow_lr, ema_decay=None if args.no_ema else args.ema,
+        l1_weight=args.l1_weight, weight=WEIGHTS[args.weight],
+        t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow),
         loss_scale=args.loss_scale, flow_updates=args.flow_updates)
 
 
@@ -157,10 +159,6 @@ def add_flags(add, settings):
     for name, setting in settings.items():
         if setting.kind is bool:
             add(flag(name), action="store_true", help=setting.help)
-
-        elif setting.kind is None:
-            unset = name.removeprefix("no_")
-            add(flag(name), action="store_const", const=None, dest=unset, help=setting.help)
 
         elif setting.kind is argparse.BooleanOptionalAction:
             add(flag(name), action=setting.kind, help=setting.help)
