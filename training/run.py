@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 import fgm
 from fgm import Diverged, InputError, gathered, process_rank, world_size
-from training import checkpoint, flags, progress
+from training import checkpoint, progress
 from training.files import atomically, finite, open_folder, save_tensors, write_json
 from training.processes import first_process, wait_for_first
 
@@ -198,8 +198,6 @@ class FolderRun(fgm.Run):
 
     def __init__(self, out, resume="same", save_every=1000, log_every=100, picture_every=None, picture=None,
                  fingerprint=None, unit="steps"):
-        for name, value in {"save_every": save_every, "log_every": log_every}.items():
-            flags.check_setting(name, value, flags.COUNT, whole=True)
         self.out, self.resume, self.unit = open_folder(out), resume, unit
         self.save_every, self.log_every, self.picture_every = save_every, log_every, picture_every
         self.picture, self.fingerprint = picture, fingerprint or {}
