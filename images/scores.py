@@ -289,10 +289,8 @@ def inception(weights, device):
         return create_feature_extractor("inception-v3-compat", ["2048"], cuda=device.type == "cuda",
                                         verbose=False, feature_extractor_weights_path=weights)
     except Exception as error:  # a foreign file can fail in any way at all
-        fault = "the Inception weights cannot be downloaded; give --inception-weights FILE"
-        if weights:
-            fault = f"the Inception weights {weights} cannot be used"
-        raise InputError(f"no FID: {fault} ({reason(error)})") from error
+        raise InputError(f"no FID: cannot load the Inception weights from {weights or 'the network'} "
+                         f"({reason(error)}); --inception-weights names a file") from error
 
 
 @torch.no_grad()

@@ -124,12 +124,10 @@ def digest_of(content):
 
 
 def file_versions(paths):
-    """What tells whether files have changed, without reading them: [[path, size, time of change], ...]."""
-    versions = []
-    for path in map(Path, paths):
-        status = path.stat()
-        versions.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    return versions
+    """What tells whether files have changed, without reading them: [[path, size, time of change], ...].
+
+    paths: a list of Path."""
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def split_by_file(items):
