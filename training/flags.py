@@ -136,10 +136,8 @@ def add_flags(add, settings):
     for name, setting in settings.items():
         if setting.kind is bool:
             add(flag(name), action="store_true", help=setting.help)
-
         elif setting.kind is argparse.BooleanOptionalAction:
             add(flag(name), action=setting.kind, help=setting.help)
-
         else:
             choices = setting.allowed if isinstance(setting.allowed, list) else None
             action = add(flag(name), type=setting.kind, nargs=setting.count, choices=choices,
