@@ -30,7 +30,7 @@ from text2image.pipeline import quiet
 from training import flags
 from training.files import open_folder, write_json
 from training.flags import Setting
-from training.processes import setup
+from training.processes import compile_networks, setup
 from training.run import FolderRun, command
 
 # ---- The subjects: what fgm.distill takes, new in every call -----------------------------------------------
@@ -242,9 +242,7 @@ def step_rows(device, args):
             passes()
         if compile:
             title += ", compiled"
-            torch._functorch.config.donated_buffer = False  # a graph is differentiated twice
-            for network in (subject.teacher, subject.flow, subject.net):
-                network.compile()
+            compile_networks(subject.teacher, subject.flow, subject.net)
 
         number = max(3, round(TURN / statistics.median(pass_times(passes, 3))))
         step = partial(step_times, subject, number, precision=precision)
