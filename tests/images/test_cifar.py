@@ -136,9 +136,9 @@ def test_a_teacher_under_another_path_goes_on(finished, tmp_path, monkeypatch):
 
 
 def gaussian_velocity(x, t, class_labels):
-    """The velocity of a flow whose data are N(0, 0.25), whatever their class."""
+    """The velocity of a flow whose data are N(0, 0.1), whatever their class."""
     t = fgm.per_sample(t, x)
-    return x * (t - 0.25 * (1 - t)) / (t**2 + 0.25 * (1 - t) ** 2)
+    return x * (t - 0.1 * (1 - t)) / (t**2 + 0.1 * (1 - t) ** 2)
 
 
 @pytest.mark.parametrize("teacher, warned", [
