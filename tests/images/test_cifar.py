@@ -131,14 +131,14 @@ def test_a_teacher_under_another_path_goes_on(finished, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == log
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    defect, error = metrics["teacher_defect"], metrics["teacher_defect_error"]
-    assert error > 0 and f"flow's velocity: {defect:.3f} +- {error:.3f}\n" in done.stdout
+    value, error, t = (metrics["defect"][name] for name in ("value", "standard_error", "t"))
+    assert error > 0 and f"flow's velocity: {value:.3f} +- {error:.3f} at t = {t}\n" in done.stdout
 
 
 def gaussian_velocity(x, t, class_labels):
-    """The velocity of a flow whose data are N(0, 0.25), whatever their class."""
+    """The velocity of a flow whose data are N(0, 0.1), whatever their class."""
     t = fgm.per_sample(t, x)
-    return x * (t - 0.25 * (1 - t)) / (t**2 + 0.25 * (1 - t) ** 2)
+    return x * (t - 0.1 * (1 - t)) / (t**2 + 0.1 * (1 - t) ** 2)
 
 
 @pytest.mark.parametrize("teacher, warned", [
@@ -148,8 +148,8 @@ def gaussian_velocity(x, t, class_labels):
 ])
 def test_a_teacher_that_is_no_flow_is_warned_of(teacher, warned, capsys):
     args = argparse.Namespace(seed=3, teacher="file.pkl")
-    metrics = cifar.check_teacher(args, teacher, (1, 8, 8), [1] * 4, torch.device("cpu"))
-    assert (abs(metrics["teacher_defect"]) < 5 * metrics["teacher_defect_error"]) != warned
+    defect = cifar.check_teacher(args, teacher, (1, 8, 8), [1] * 4, torch.device("cpu"))
+    assert (abs(defect["value"]) < 5 * defect["standard_error"]) != warned
     assert ("warning: file.pkl is not a flow's velocity" in capsys.readouterr().err) == warned
 
 
@@ -260,7 +260,9 @@ def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
     row = metrics["rows"]["one step"]
     assert row["judge_frechet"] == metrics["one_step"] and row["noise"] > 0
     assert "extra_flow_loss" in (out / "log.jsonl").read_text() and config["settings"]["gan"] == 0.01
-    assert f"{row['judge_frechet']:.4f} +- {row['noise']:.4f}" in done.stdout
+    (one_step,) = (row for row in done.stdout.splitlines() if row.startswith("  one step"))
+    numbers = [f"{row[name]:.4f}" for name in ("judge_frechet", "pixel_frechet", "noise", "accuracy")]
+    assert one_step.split()[2:6] == numbers
 
     # Images of the same name that changed are noticed before anything is lost.
     (data / "often" / "1.png").write_bytes((data / "often" / "0.png").read_bytes())

@@ -64,7 +64,7 @@ def test_a_model_that_is_no_flow_is_told_by_its_defect_and_the_run_goes_on(finis
     defect = json.loads((out / "metrics.json").read_text())["defect"]
     assert abs(defect["value"]) > 0.3 and f"{defect['value']:.2f} at t = {defect['t']}" in done.stderr
     assert "paired noise with data" in done.stderr and "opposite sign" in done.stderr
-    assert f"without guidance: {defect['value']:.3f} +- {defect['standard_error']:.3f}" in done.stdout
+    assert f"velocity: {defect['value']:.3f} +- {defect['standard_error']:.3f}" in done.stdout
     net = SD3Velocity(load_network(models["3.5-medium"], "transformer", torch.float32))
     cond = {"encoder_hidden_states": torch.randn(64, 4, 64), "pooled_projections": torch.randn(64, 64)}
     x0 = fgm.sample_ode(net, torch.randn(64, 16, 4, 4), 10, **cond)
@@ -251,7 +251,7 @@ def test_an_interrupted_miniature_is_refused_and_the_same_command_makes_it(tmp_p
 
     assert len(list((out / "images").glob("*.png"))) == 1438
     done = drive_here(sd3, "--model", out, "--out", tmp_path / "run", *SMALL)
-    assert done.returncode == 0 and "| copy ratio |" in done.stdout, done.stderr
+    assert done.returncode == 0 and "copy ratio" in done.stdout, done.stderr
     rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
     for row in (rows["teacher, 28 steps"], rows["one step"]):
         assert row["copy_ratio"] == pytest.approx(1, abs=0.1)  # noise is as far from either part

@@ -74,7 +74,7 @@ def test_command_line_writes_what_it_promises(finished):
     net.load_state_dict(load_file(out / "generator.safetensors"))
     z = fgm.Draws(500, "cpu", 0, fgm.SCORES).normal((2,))
     samples = fgm.OneStepGenerator(net, **config["generator"])(z).detach()
-    distance = toy2d.energy_distance(samples, toy2d.toy_data("8gaussians", 500, 1))
+    distance = toy2d.energy_distance(samples, toy2d.toy_data("rings", 500, 1))
     assert distance == pytest.approx(metrics["one_step"], rel=1e-5)
 
     assert logged(out) == ALL_LINES
