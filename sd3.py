@@ -396,8 +396,7 @@ def main():
     if args.model != PAPER["model"]:
         defect = check_teacher(args, source, teacher, embeddings, draw, device, dtype)
     if args.compile:
-        for net in (teacher, generator.net, flow):
-            net.compile()
+        processes.compile_networks(teacher, generator.net, flow)
     _, distill_seconds = fgm.distill(
         teacher, generator, flow, source.shape, eps=1e-6, extra=gan,
         conditions=lambda seeds: embeddings(seeds % len(source.prompts)),

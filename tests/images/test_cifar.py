@@ -177,7 +177,7 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
     teacher, data = out / "teacher.safetensors", photographs(tmp_path / "data", [2, 1])
     cases = [
         (["--data", "nowhere"], "neither cifar10, digits nor a folder"),
-        (["--data", "digits", "--teacher", teacher], "conditional on 10 classes, asked for is unconditional"),
+        (["--data", "digits", "--teacher", teacher], "conditional on 10 classes, asked for is 0"),
         (["--sample", "4", "--out", tmp_path], "has not finished"),
         (["--sample", "4", "--classes", "10", "--out", out], "--classes must lie in 0..9"),
         (["--sample", "4", "--ode-steps", "2", "--teacher", out / "generator.safetensors"], "no teacher"),

@@ -137,7 +137,6 @@ def drop_a_tensor(path):
     (lambda f: edit(f / "model_index.json", tokenizer=["antigravity", "Tokenizer"]), "its tokenizer is"),
     (lambda f: edit(f / "model_index.json", tokenizer=["transformers", "No"]), "cannot load the pipeline"),
     (lambda f: shutil.rmtree(f / "tokenizer_2"), "lacks its component tokenizer_2"),
-    (lambda f: edit(f / "vae/config.json", shift_factor=None), "has no shift_factor"),
     (lambda f: edit(f / "transformer/config.json", patch_size="2"), "describes no transformer of SD3"),
     (lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="DDPMScheduler"), "no flow-matching"),
     (lambda f: cut(f / WEIGHTS), "cannot load .*transformer"),

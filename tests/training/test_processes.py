@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import ROOT, call, forked, joined
 from safetensors.torch import load_file
-from test_loops import distilled
 from test_resume import SMALL, finished, json_lines  # noqa: F401
 
 import fgm
@@ -99,22 +98,6 @@ def fail_alone(kind):
 def test_the_wait_ends_where_the_first_process_fails(kind, status, message, tmp_path):
     assert joined(forked(as_command, fail_alone, kind, processes=2, out=tmp_path)) == [status, 2]
     assert message in outputs(tmp_path)[1].splitlines()[-1]
-
-
-def run_in_a_folder_of_its_own(folder):
-    processes.setup("cpu")
-    own = folder / str(fgm.process_rank())
-    own.mkdir()
-    os.chdir(own)
-    distilled(run=FolderRun("out"))
-
-
-def test_processes_without_a_common_folder_are_told_at_the_start(tmp_path):
-    """As two machines whose disks are their own."""
-    statuses = joined(forked(as_command, run_in_a_folder_of_its_own, tmp_path, processes=2, out=tmp_path))
-    assert statuses == [2, 2]
-    for text in outputs(tmp_path):
-        assert "out is not the same folder for all processes" in text and text.count("\n") == 1
 
 
 def run_script(path):

@@ -193,12 +193,11 @@ def test_broken_log_line_and_folders_of_others(finished, copied):
     assert sorted(path.name for path in folder.iterdir()) == others
 
 
-def test_starting_again_leaves_nothing_that_an_earlier_run_drew_or_wrote(tmp_path):
+def test_starting_again_removes_what_an_earlier_run_wrote_and_nothing_else(tmp_path):
     mine = ["mine.png", "teacher.safetensors", "pipeline/mine.py", "movie/mypicture.png",
             "distill-results.png", "teacher-my-steps.png"]
-    results = ["distill-0000500.png", "one-step.png", "teacher-50-steps.png", "lora.safetensors",
-               "config.json", "metrics.json", "judge.safetensors", "pipeline/model_index.json",
-               "movie/000000166.png"]
+    results = ["distill-0000500.png", "progress.png", "lora.safetensors", "config.json", "metrics.json",
+               "judge.safetensors", "pipeline/model_index.json"]
     for name in mine + results:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("earlier")
