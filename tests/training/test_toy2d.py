@@ -6,10 +6,12 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, drive_here
-from test_files import SMALL
 
 import toy2d
 from training.run import command
+
+SMALL = ["--device", "cpu", "--batch", "4", "--teacher-steps", "2", "--steps", "2", "--save-every", "1"]
+SMALL += ["--log-every", "1", "--samples", "50"]
 
 
 def test_energy_distance_against_the_definition():
