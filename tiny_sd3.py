@@ -164,12 +164,13 @@ def save_images(digits, folder):
 FLAGS = {
     "out": Setting(flags.path, None, "output folder"),
     "overwrite": Setting(bool, None, "replace the pipeline in OUT"),
-    "hold_out": Setting(bool, None, "train on four fifths of the digits; sd3.py then tells copies"),
+    "hold_out": Setting(bool, None, "train on four fifths of the digits; sd3.py then reports whether samples "
+                               "are copies"),
     "vae_steps": Setting(int, COUNT, "training steps of the VAE"),
     "kimg": Setting(float, flags.POSITIVE, "thousand images to train the transformer on"),
     "batch": Setting(int, "[1, 1e6]", "of the transformer's training"),
     "lr": Setting(float, flags.POSITIVE, "learning rate of the transformer"),
-    "samples": Setting(int, "[2, 1e6]", "images judged"),
+    "samples": Setting(int, "[2, 1e6]", "images scored"),
     "seed": RUN_FLAGS["seed"],
 }
 DEFAULTS = dict(out="runs/tiny-sd3", vae_steps=300, kimg=96.0, batch=32, lr=1e-2, samples=240, seed=0)

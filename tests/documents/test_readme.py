@@ -43,13 +43,6 @@ def command_lines(text):
     return calls
 
 
-def test_command_lines_are_found_wherever_they_stand():
-    text = ("Run `python\ncifar.py --cond`.\n\n```bash\ntorchrun --nproc-per-node 2 sd3.py --n 3   # draws\n"
-            "pip install x && python toy2d.py --data moons\n```\n| `python bench.py` |\n")
-    in_blocks = [("sd3.py", ["--n", "3"]), ("toy2d.py", ["--data", "moons"])]
-    assert command_lines(text) == [*in_blocks, ("cifar.py", ["--cond"]), ("bench.py", [])]
-
-
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
 def test_every_command_line_parses(name, monkeypatch):
     calls = command_lines(read(name))

@@ -85,38 +85,20 @@ def test_command_writes_what_it_promises(finished):
         assert (out / name).stat().st_size > 100
 
 
-MOMENTS = ["checkpoints/teacher-000000010", "checkpoints/distill-000000010", "generator.safetensors"]
-
-
-def test_killed_at_three_moments_and_resumed_equals_uninterrupted(finished, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
     line = [*SMALL, "--cond", "--out", tmp_path, "--samples", "20"]
-    for moment in MOMENTS:
-        (process,) = forked(call, "cifar.py", *line, out=tmp_path)
-        while not (tmp_path / moment).exists() and process.is_alive():
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-        assert (tmp_path / moment).exists() and not (tmp_path / "metrics.json").exists()
+    (process,) = forked(call, "cifar.py", *line, out=tmp_path)
+    while not (tmp_path / "checkpoints/distill-000000010").exists() and process.is_alive():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "metrics.json").exists()
+
     done = drive_here(cifar, *line)
     assert done.returncode == 0, done.stderr
     for name in ("teacher", "generator"):
         whole, resumed = (load_file(path / f"{name}.safetensors") for path in (finished[0], tmp_path))
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-
-
-def test_a_finished_run_called_again_keeps_its_times_and_weights(finished, tmp_path, monkeypatch):
-    """Also under another spelling of its folder, and with its data under another."""
-    out = shutil.copytree(finished[0], tmp_path / "copy")
-    before = json.loads((out / "metrics.json").read_text())
-    checkpoints = {"teacher": "teacher-000000020", "distillation": "distill-000000020"}
-    monkeypatch.chdir(tmp_path)
-    done = drive_here(cifar, *SMALL, "--cond", "--out", "copy/../copy")
-    assert done.returncode == 0, done.stderr
-    after = json.loads((out / "metrics.json").read_text())
-    for phase, name in checkpoints.items():
-        checkpoint = json.loads((out / "checkpoints" / name / "checkpoint.json").read_text())
-        assert after["seconds"][phase] == checkpoint["seconds"] > 0
-    assert after["one_step"] == before["one_step"]
 
 
 def test_a_teacher_under_another_path_goes_on(finished, tmp_path, monkeypatch):
@@ -131,14 +113,14 @@ def test_a_teacher_under_another_path_goes_on(finished, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == log
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    defect, error = metrics["teacher_defect"], metrics["teacher_defect_error"]
-    assert error > 0 and f"flow's velocity: {defect:.3f} +- {error:.3f}\n" in done.stdout
+    value, error, t = (metrics["defect"][name] for name in ("value", "standard_error", "t"))
+    assert error > 0 and f"flow's velocity: {value:.3f} +- {error:.3f} at t = {t}\n" in done.stdout
 
 
 def gaussian_velocity(x, t, class_labels):
-    """The velocity of a flow whose data are N(0, 0.25), whatever their class."""
+    """The velocity of a flow whose data are N(0, 0.1), whatever their class."""
     t = fgm.per_sample(t, x)
-    return x * (t - 0.25 * (1 - t)) / (t**2 + 0.25 * (1 - t) ** 2)
+    return x * (t - 0.1 * (1 - t)) / (t**2 + 0.1 * (1 - t) ** 2)
 
 
 @pytest.mark.parametrize("teacher, warned", [
@@ -148,8 +130,8 @@ def gaussian_velocity(x, t, class_labels):
 ])
 def test_a_teacher_that_is_no_flow_is_warned_of(teacher, warned, capsys):
     args = argparse.Namespace(seed=3, teacher="file.pkl")
-    metrics = cifar.check_teacher(args, teacher, (1, 8, 8), [1] * 4, torch.device("cpu"))
-    assert (abs(metrics["teacher_defect"]) < 5 * metrics["teacher_defect_error"]) != warned
+    defect = cifar.check_teacher(args, teacher, (1, 8, 8), [1] * 4, torch.device("cpu"))
+    assert (abs(defect["value"]) < 5 * defect["standard_error"]) != warned
     assert ("warning: file.pkl is not a flow's velocity" in capsys.readouterr().err) == warned
 
 
@@ -182,16 +164,12 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         (["--sample", "4", "--classes", "10", "--out", out], "--classes must lie in 0..9"),
         (["--sample", "4", "--ode-steps", "2", "--teacher", out / "generator.safetensors"], "no teacher"),
         (["--sample", "4", "--generator", teacher], "is no generator; with --ode-steps K"),
-        (["--sample", "0", "--out", out], "argument --sample: must be in [1, 1e9], got 0"),
         (["--data", "digits", "--classes", "3"], "--classes means nothing without --sample"),
         (["--sample", "4", "--generator", teacher, "--ode-steps", "2"], "and --generator names"),
         (["--quick", "--paper"], "--quick and --paper contradict each other"),
         (["--quick", "--data", "digits"], "--quick is for photographs"),
         (["--data", "digits", "--attention", "7"], "the network's resolutions are [8, 4]"),
-        (["--data", "nowhere", "--channel-mult", "1", "0"], "argument --channel-mult: must be in [1"),
-        (["--data", "nowhere", "--batch", "16", "--micro-batch", "5"], "micro-batch"),
         ([*SMALL, "--cond", "--out", out, "--lr", "0.5"], "resume"),
-        ([*SMALL, "--cond", "--out", out, "--hold-out"], "resume"),
         ([*SMALL, "--cond", "--out", out, "--overwrite", "--fid", "--inception-weights", teacher], "no FID"),
         (["--data", data, "--hold-out"], "--hold-out needs at least ten images"),
         (["--data", data, "--out", data / "runs"], "lies in the data folder"),
@@ -204,18 +182,10 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
     assert not (data / "runs").exists()
 
 
-def test_two_processes_equal_one(finished, tmp_path):
-    line = [*SMALL, "--cond", "--out", tmp_path, "--samples", "4"]
-    assert joined(forked(call, "cifar.py", *line, processes=2, out=tmp_path)) == [0, 0]
-    one, two = (load_file(path / "teacher.safetensors") for path in (finished[0], tmp_path))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
-
-
 @pytest.mark.parametrize(
     "device, can, precision, resolution",
-    [("cpu", {"amx_bf16": True}, "bf16", 16), ("cpu", {"amx_bf16": False}, "auto", 16),
-     ("cpu", {}, "auto", 16), ("cuda", {"amx_bf16": True}, "auto", 32)],
+    [("cpu", {"amx_bf16": True}, "bf16", 16), ("cpu", {}, "auto", 16),
+     ("cuda", {"amx_bf16": True}, "auto", 32)],
 )
 def test_quick_runs_in_bfloat16_on_a_cpu_that_is_fast_in_it(device, can, precision, resolution, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
@@ -260,7 +230,9 @@ def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
     row = metrics["rows"]["one step"]
     assert row["judge_frechet"] == metrics["one_step"] and row["noise"] > 0
     assert "extra_flow_loss" in (out / "log.jsonl").read_text() and config["settings"]["gan"] == 0.01
-    assert f"{row['judge_frechet']:.4f} +- {row['noise']:.4f}" in done.stdout
+    (one_step,) = (row for row in done.stdout.splitlines() if row.startswith("  one step"))
+    numbers = [f"{row[name]:.4f}" for name in ("judge_frechet", "pixel_frechet", "noise", "accuracy")]
+    assert one_step.split()[2:6] == numbers
 
     # Images of the same name that changed are noticed before anything is lost.
     (data / "often" / "1.png").write_bytes((data / "often" / "0.png").read_bytes())

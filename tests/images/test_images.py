@@ -57,7 +57,6 @@ def truncated(path):
     ("a.jpg", lambda path: path.write_text("<html>not found</html>"), "cannot identify image file"),
     ("a.gif", animated, "it is animated or has pages"),
     ("a.png", lambda path: Image.fromarray(np.ones((8, 8), np.uint16)).save(path), "16 or more bits"),
-    ("a.tif", lambda path: Image.fromarray(np.ones((8, 8), np.float32)).save(path), "16 or more bits"),
 ])
 def test_what_is_no_still_image_of_8_bits_is_named(name, write, message, tmp_path):
     path = tmp_path / "class" / name
@@ -118,9 +117,7 @@ def test_folder_names_what_is_wrong(tmp_path):
     (hollow / "class1" / "0.png").unlink()
     cases = [
         (folder(tmp_path / "mixed", [(8, 8), (16, 16)]), "16x16, not 8x8; --resolution", False),
-        (folder(tmp_path / "oblong", [(8, 9)]), "8x9, not 8x8", False),
         (folder(tmp_path / "one", [(8, 8)]), "at least two classes", True),
-        (tmp_path / "none", "neither cifar10, digits nor a folder", False),
         (tmp_path / "empty", "no sub-folders", False),
         (hollow, "no images in its sub-folder class1", False),
     ]
@@ -182,14 +179,6 @@ def test_frechet_distance_of_known_gaussians():
     expected = 2 + (2 + 0.25) + 8 - 2 * 2 * root.item()
     assert scores.frechet_distance(a, b) == pytest.approx(expected, rel=0.01)
     assert scores.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-
-
-@pytest.mark.parametrize("a, message", [
-    (torch.zeros(1, 3), "two images on either side, got 1"), (torch.full((4, 3), torch.nan), "not finite"),
-])
-def test_frechet_distance_of_too_little(a, message):
-    with refused(message):
-        scores.frechet_distance(torch.randn(4, 3), a)
 
 
 def test_what_fresh_data_would_score():
@@ -329,7 +318,6 @@ def test_a_perfect_sampler_of_unequal_classes_scores_as_the_data_themselves():
 
 @pytest.mark.parametrize("classes, cond, features, detector", [
     (["a", "b"], True, ["judge_frechet", "pixel_frechet"], "judge.safetensors"),
-    (["a", "b"], False, ["judge_frechet", "pixel_frechet"], "judge.safetensors"),
     (["a"], False, ["pixel_frechet"], "pixels, at most 16x16"),
 ])
 def test_photographs_are_judged_where_there_are_classes(classes, cond, features, detector, tmp_path):

@@ -74,7 +74,7 @@ def test_command_line_writes_what_it_promises(finished):
     net.load_state_dict(load_file(out / "generator.safetensors"))
     z = fgm.Draws(500, "cpu", 0, fgm.SCORES).normal((2,))
     samples = fgm.OneStepGenerator(net, **config["generator"])(z).detach()
-    distance = toy2d.energy_distance(samples, toy2d.toy_data("8gaussians", 500, 1))
+    distance = toy2d.energy_distance(samples, toy2d.toy_data("rings", 500, 1))
     assert distance == pytest.approx(metrics["one_step"], rel=1e-5)
 
     assert logged(out) == ALL_LINES
@@ -126,8 +126,7 @@ def test_divergence_names_step_and_term_and_keeps_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("phase, number", [
     ("teacher-000000010", signal.SIGKILL),
-    ("distill-000000020", signal.SIGKILL),
-    ("distill-000000010", signal.SIGTERM),
+    ("distill-000000020", signal.SIGTERM),
 ])
 def test_stopped_and_resumed_equals_uninterrupted(finished, tmp_path, phase, number):
     out = tmp_path / "out"
@@ -231,11 +230,6 @@ def test_a_part_without_gradients_in_some_steps_is_resumed_exactly(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints/teacher-000000010")
     assert torch.equal(trained(half, tmp_path), expected)
 
-    smaller = Sometimes()
-    smaller.rarely = None
-    with pytest.raises(fgm.InputError, match="teacher-000000010 is damaged or not a checkpoint of this run"):
-        trained(smaller, tmp_path)
-
 
 # ---- Refusals ----------------------------------------------------------------------------------------------
 
@@ -264,9 +258,7 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, 
     newest, before = (copied / "checkpoints" / f"distill-{step:09d}" for step in (40, 30))
     tensors, saved = next(newest.glob("*.safetensors")), newest / "checkpoint.json"
     damages = [
-        (tensors, tensors.read_bytes()[: tensors.stat().st_size // 2]),
         (tensors, tensors.read_bytes()[:-8]),
-        (saved, b"null"),
         (saved, json.dumps(json.loads(saved.read_text()) | {"updates": {}}).encode()),
     ]
     for path, damaged in damages:
@@ -296,19 +288,6 @@ def test_second_run_in_the_same_folder_is_refused(copied):
     assert f"another run is at work in {copied}" in done.stderr
     assert contents(copied) == before
     assert FolderRun(copied).lock is first.lock  # a notebook's cell again
-
-
-def test_a_disk_that_cannot_lock_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    from filelock import FileLock
-
-    def refuse(lock):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(FileLock, "acquire", refuse)
-    distilled(run=FolderRun(tmp_path))
-    error = capsys.readouterr().err.splitlines()[0]
-    assert error.startswith(f"cannot lock {tmp_path} ") and "No locks available" in error
-    assert (tmp_path / "checkpoints/distill-000000008").is_dir()
 
 
 def test_functions_and_partials_are_told_apart_in_settings():
