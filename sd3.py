@@ -354,19 +354,12 @@ def score(args, source, device, dtype, out):
 def write_results(args, rows, coefficients, defect, seconds, out):
     """Write config.json and metrics.json, and print the table."""
     metric = "pixel_frechet" if "pixel_frechet" in rows["one step"] else "seconds_per_image"
-    teacher = {"1": rows["teacher, 1 step"][metric], "28": rows["teacher, 28 steps"][metric]}
-    metrics = {
-        "metric": metric, "samples": args.samples, "teacher": teacher, "one_step": rows["one step"][metric],
-        "rows": rows, "seconds": seconds}
-    if defect:
-        metrics["defect"] = defect
+    metrics = {"metric": metric, **report.metrics_of(rows, metric, args.samples, defect, seconds)}
     run.write_results(out, {"generator": coefficients, "settings": vars(args)}, metrics)
 
     print(f"{args.model}: {args.samples} samples")
     report.print_scores(rows)
-    if defect:
-        report.print_defect(defect)
-    print(f"  {report.spent(seconds)}; pipeline, pictures and metrics.json in {out}")
+    report.print_end(defect, seconds, out)
 
 
 # ---- The command -------------------------------------------------------------------------------------------
