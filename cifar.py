@@ -97,8 +97,9 @@ FLAGS = {  # by their group in --help
         "gan": Setting(float, POSITIVE, "add a GAN on the training images, with this weight in the "
                                         "generator's loss (0.1 for digits); the discriminator's is five "
                                         "times that", metavar="WEIGHT"),
-        **flags.DISTILLATION_FLAGS,
+        **flags.EVERYDAY_FLAGS,
     },
+    "advanced": flags.ADVANCED_FLAGS,
     "scores": {
         "samples": Setting(int, "[2, 1e9]", "images scored"),
         "fid": Setting(bool, None, "Inception FID by torch-fidelity against the training images; "

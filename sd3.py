@@ -84,8 +84,9 @@ FLAGS = {  # by their group in --help
                                     "works with the scheduler of OUT/pipeline alone", metavar="RANK"),
         "guidance": Setting(float, "[1, 1000]", "classifier-free guidance of the teacher; 1: none"),
         "kimg": Setting(float, flags.POSITIVE, "thousand images to distil with"),
-        **flags.DISTILLATION_FLAGS,
+        **flags.EVERYDAY_FLAGS,
     },
+    "advanced": flags.ADVANCED_FLAGS,
     "GAN (appendix B.2)": {
         "real": Setting(flags.path, None, "real images with captions in metadata.jsonl, metadata.csv or "
                                           "NAME.txt; turns the GAN on", metavar="DIR"),

@@ -104,8 +104,9 @@ FLAGS = {  # by their group in --help
     },
     "distillation (Algorithm 1)": {
         "steps": Setting(int, flags.COUNT, "distillation steps"),
-        **flags.DISTILLATION_FLAGS,
+        **flags.EVERYDAY_FLAGS,
     },
+    "advanced": flags.ADVANCED_FLAGS,
 }
 TRAINING_SAMPLES = 200_000
 SCORED = 20_000  # samples at most of a score in the log

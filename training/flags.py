@@ -96,7 +96,6 @@ ADVANCED_FLAGS = {
     "loss_scale": Setting(float, POSITIVE, "factor of the generator's loss"),
     "flow_updates": Setting(int, "[1, 1e3]", "updates of the online flow per generator update"),
 }
-DISTILLATION_FLAGS = EVERYDAY_FLAGS | ADVANCED_FLAGS
 TEACHER_FLAGS = {
     "teacher_lr": Setting(float, POSITIVE, "learning rate of the teacher"),
     "teacher_t": Setting(float, LOGIT_NORMAL, "t of the teacher's loss ~ logit-normal(MEAN, STD)",

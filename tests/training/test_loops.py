@@ -104,7 +104,7 @@ def test_conditions_reach_every_network_and_follow_the_seeds():
     labels = [(fgm.Draws(6, "cpu", 0, fgm.DISTILLATION, step, k).seeds() % 10).tolist()
               for step in (0, 1) for k in (0, 1)]
     fgm.distill(nets[0], generator, nets[2], (2,), **settings, flow_updates=2)
-    # Generator, flow; generator, flow, teacher; no other pass, but that the first step tries flow and teacher.
+    # Generator, flow; generator, flow, teacher; and the first step tries flow and teacher once more.
     assert calls == [labels[0]] * 4 + [labels[1]] * 3 + [labels[2]] * 2 + [labels[3]] * 3
     calls.clear()
     fgm.distill(nets[0], generator, nets[2], (2,), **settings)
