@@ -106,7 +106,7 @@ def test_a_teacher_under_another_path_goes_on(finished, tmp_path, monkeypatch):
     shutil.copy(finished[0] / "teacher.safetensors", tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    line = [*SMALL, "--cond", "--out", "~/out", "--teacher"]
+    line = [*SMALL, "--cond", "--out", "~/out", "--kimg", "0.08", "--samples", "10", "--teacher"]
     assert drive_here(cifar, *line, "~/teacher.safetensors").returncode == 0
     log = (tmp_path / "out" / "log.jsonl").read_bytes()
     done = drive_here(cifar, *line, finished[0] / "teacher.safetensors")

@@ -103,8 +103,8 @@ def test_conditions_reach_every_network_and_follow_the_seeds():
     settings = dict(steps=2, batch=6, conditions=lambda seeds: {"labels": seeds % 10})
     labels = [(fgm.Draws(6, "cpu", 0, fgm.DISTILLATION, 0, k).seeds() % 10).tolist() for k in (0, 1)]
     fgm.distill(nets[0], generator, nets[2], (2,), **settings, flow_updates=2)
-    # generator, flow; generator, flow, teacher: no other pass
-    assert calls[:5] == [labels[0]] * 2 + [labels[1]] * 3 and len(calls) == 10
+    # Generator, flow and teacher as a trial, flow; generator, flow, teacher. The second step has no trial.
+    assert calls[:7] == [labels[0]] * 4 + [labels[1]] * 3 and len(calls) == 7 + 5
     calls.clear()
     fgm.distill(nets[0], generator, nets[2], (2,), **settings)
     assert calls[:3] == [labels[0]] * 3 and len(calls) == 6
