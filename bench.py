@@ -241,7 +241,6 @@ def measure(device, args):
         number = max(3, round(TURN / statistics.median(pass_times(passes, 3))))
         step = partial(step_times, subject, number, precision=precision)
         row = ratio(step, partial(pass_times, passes, number), args.repeats)
-        row["images_per_s"] = subject.batch / row["first_s"]
         row["tflops"] = counter.get_total_flops() / 1e12 / row["first_s"]
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()

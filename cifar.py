@@ -97,8 +97,9 @@ FLAGS = {  # by their group in --help
         "gan": Setting(float, POSITIVE, "add a GAN on the training images, with this weight in the "
                                         "generator's loss (0.1 for digits); the discriminator's is five "
                                         "times that", metavar="WEIGHT"),
-        **flags.DISTILLATION_FLAGS,
+        **flags.EVERYDAY_FLAGS,
     },
+    "advanced": flags.ADVANCED_FLAGS,
     "scores": {
         "samples": Setting(int, "[2, 1e9]", "images scored"),
         "fid": Setting(bool, None, "Inception FID by torch-fidelity against the training images; "
@@ -139,8 +140,6 @@ def arguments():
     args = parser.parse_with(defaults, lambda args: NEEDS)
     if args.quick and args.paper:
         parser.error("--quick and --paper contradict each other: give one of them")
-    if args.quick and args.data == "digits":
-        parser.error("--quick is for photographs: --data digits is quick as it is")
     if args.generator and args.ode_steps:
         parser.error("--ode-steps draws from a teacher and --generator names a one-step generator: give one")
     return args
@@ -179,20 +178,16 @@ def draw_from_files(args, device):
 
     net, about = load_network(path)
     net = net.to(device)
+    if ("generator" in about) == bool(args.ode_steps):
+        raise InputError(f"{path} does not fit: with --ode-steps it must be a teacher, without a generator")
     if args.ode_steps:
-        if "generator" in about:
-            raise InputError(f"{path} is a one-step generator, no teacher")
         kind, sampler = f"{args.ode_steps}-steps", partial(fgm.sample_ode, net, steps=args.ode_steps)
     else:
-        if "generator" not in about:
-            raise InputError(f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
         kind, sampler = "one-step", fgm.OneStepGenerator(net, **about["generator"])
 
     names = about["classes"] if about["network"]["label_dim"] else []
-    if args.classes and not names:
-        raise InputError("--classes needs a conditional network")
     if args.classes and max(args.classes) >= len(names):
-        raise InputError(f"--classes must lie in 0..{len(names) - 1}")
+        raise InputError(f"--classes counts from 0, and the network was trained on {len(names)} classes")
 
     began = time.perf_counter()
     pixels, labels = images.draw_images(
@@ -210,8 +205,7 @@ def draw_from_files(args, device):
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # [N, C, R, R] -> [N, R, R, C]
         with files.atomically(written[1]) as temporary:
             np.savez(temporary, images=arrays, labels=labels.numpy(), classes=names)
-    of_classes = " of " + ", ".join(names[i] for i in args.classes) if args.classes else ""
-    print(f"{len(pixels)} images{of_classes} in {seconds:.2f} s: {', '.join(written)}")
+    print(f"{len(pixels)} images in {seconds:.2f} s: {', '.join(written)}")
 
 
 # ---- The steps of a run ------------------------------------------------------------------------------------
@@ -358,7 +352,7 @@ def main():
     processes.wait_for_first()
 
     steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)
-    samplers = {number: partial(fgm.sample_ode, teacher, steps=number) for number in steps}
+    samplers = {report.teacher_title(n): partial(fgm.sample_ode, teacher, steps=n) for n in steps}
     rows = score(args, scorer, samplers | {"one step": generator}, draw, len(real.classes), out)
     seconds["scores"] = time.perf_counter() - began
     if scorer:
@@ -371,28 +365,21 @@ def main():
 def score(args, scorer, samplers, draw, classes, out):
     """Draw from all samplers with the same seeds, and write a picture of each. A collective call.
 
-    samplers: {steps of the teacher, or "one step": sampler}; draw: images.draw_images without what is the
+    samplers: {"teacher, 50 steps", ..., "one step": sampler}; draw: images.draw_images without what is the
     same for all; scorer: None but on the first process. Returns {the same name: {score: value}}, there."""
     rows, grids = {}, {}
     for name, sampler in samplers.items():
         began = time.perf_counter()
-        pixels, labels = draw(sampler, args.samples, title=f"scoring: {row_title(name)}")
+        pixels, labels = draw(sampler, args.samples, title=f"scoring: {name}")
         seconds = time.perf_counter() - began
         grid, _ = draw(sampler, min(100, args.samples), classes=range(classes))  # to be looked at
         if scorer:
-            grids[row_title(name)] = grid
+            grids[name] = grid
             rows[name] = scorer.of(pixels, labels) | {"seconds": seconds}
-            if args.hold_out and name in (50, "one step"):
+            if args.hold_out and name in ("teacher, 50 steps", "one step"):
                 rows[name] |= scorer.copies(pixels)
     images.save_samples(out, grids)
     return rows
-
-
-def row_title(name):
-    """What a sampler is called in table and pictures: "one step", "teacher, 50 steps"."""
-    if name == "one step":
-        return name
-    return "teacher, 1 step" if name == 1 else f"teacher, {name} steps"
 
 
 def score_title(args, score):
@@ -408,29 +395,22 @@ def write_results(args, about, scorer, rows, defect, seconds, out):
     """Write config.json and metrics.json, and print the table."""
     main, pixels = "fid" if args.fid else scorer.main, scorer.real.pixels
     metrics = {
-        "metric": score_title(args, main), "samples": args.samples,
+        "metric": score_title(args, main), **report.metrics_of(rows, main, args.samples, defect, seconds),
         "against": f"{len(pixels)} training images of {args.data}",
         "labels": "drawn as often as the data has each class" if args.cond else "none",
         "detector": "torch-fidelity Inception-v3" if args.fid else scorer.detector,
-        "teacher": {str(name): row[main] for name, row in rows.items() if name != "one step"},
-        "one_step": rows["one step"][main],
         "noise_floor": scorer.of_data, "noise_floor_of": scorer.data_title,
-        "rows": {str(name): row for name, row in rows.items()}, "seconds": seconds,
     }
-    if defect:
-        metrics["defect"] = defect
     run.write_results(out, about | {"settings": vars(args) | {"out": str(out)}}, metrics)
 
     data = f"{args.data} (conditional)" if args.cond else args.data
     print(f"{data}: {args.samples:,} samples against {len(pixels):,} training images of "
           f"{pixels.shape[-1]}x{pixels.shape[-1]}")
-    table = {scorer.data_title: scorer.of_data} | {row_title(name): row for name, row in rows.items()}
+    table = {scorer.data_title: scorer.of_data} | rows
     report.print_scores({
         title: {score_title(args, score): value for score, value in row.items()}
         for title, row in table.items()})
-    if defect:
-        report.print_defect(defect)
-    print(f"  {report.spent(seconds)}; pictures and metrics.json in {out}")
+    report.print_end(defect, seconds, out)
 
 
 if __name__ == "__main__":

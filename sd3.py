@@ -84,8 +84,9 @@ FLAGS = {  # by their group in --help
                                     "works with the scheduler of OUT/pipeline alone", metavar="RANK"),
         "guidance": Setting(float, "[1, 1000]", "classifier-free guidance of the teacher; 1: none"),
         "kimg": Setting(float, flags.POSITIVE, "thousand images to distil with"),
-        **flags.DISTILLATION_FLAGS,
+        **flags.EVERYDAY_FLAGS,
     },
+    "advanced": flags.ADVANCED_FLAGS,
     "GAN (appendix B.2)": {
         "real": Setting(flags.path, None, "real images with captions in metadata.jsonl, metadata.csv or "
                                           "NAME.txt; turns the GAN on", metavar="DIR"),
@@ -354,19 +355,12 @@ def score(args, source, device, dtype, out):
 def write_results(args, rows, coefficients, defect, seconds, out):
     """Write config.json and metrics.json, and print the table."""
     metric = "pixel_frechet" if "pixel_frechet" in rows["one step"] else "seconds_per_image"
-    teacher = {"1": rows["teacher, 1 step"][metric], "28": rows["teacher, 28 steps"][metric]}
-    metrics = {
-        "metric": metric, "samples": args.samples, "teacher": teacher, "one_step": rows["one step"][metric],
-        "rows": rows, "seconds": seconds}
-    if defect:
-        metrics["defect"] = defect
+    metrics = {"metric": metric, **report.metrics_of(rows, metric, args.samples, defect, seconds)}
     run.write_results(out, {"generator": coefficients, "settings": vars(args)}, metrics)
 
     print(f"{args.model}: {args.samples} samples")
     report.print_scores(rows)
-    if defect:
-        report.print_defect(defect)
-    print(f"  {report.spent(seconds)}; pipeline, pictures and metrics.json in {out}")
+    report.print_end(defect, seconds, out)
 
 
 # ---- The command -------------------------------------------------------------------------------------------

@@ -20,10 +20,11 @@ from torch import nn
 import fgm
 from points.data import DATA, toy_data
 from points.pictures import draw_frame, draw_panels, frame_steps, write_movie
-from training import flags, report
+from training import flags
 from training.flags import Setting
 from training.processes import compile_networks, setup, shard
 from training.progress import bar, make_scorer
+from training.report import spent, teacher_title
 from training.run import command, fingerprint_of, folder_run, save_weights, with_sum, write_results
 
 # ---- Network and distance ----------------------------------------------------------------------------------
@@ -103,8 +104,9 @@ FLAGS = {  # by their group in --help
     },
     "distillation (Algorithm 1)": {
         "steps": Setting(int, flags.COUNT, "distillation steps"),
-        **flags.DISTILLATION_FLAGS,
+        **flags.EVERYDAY_FLAGS,
     },
+    "advanced": flags.ADVANCED_FLAGS,
 }
 TRAINING_SAMPLES = 200_000
 SCORED = 20_000  # samples at most of a score in the log
@@ -242,15 +244,14 @@ def print_table(name, metrics, out):
     """The scores of one data set, a row each."""
     rows = {"data against data (floor, rms of 5)": metrics["noise_floor"]}
     for steps, value in metrics["teacher"].items():
-        label = "teacher, 1 step" if steps == "1" else f"teacher, {steps} steps"
-        rows[label] = value
+        rows[teacher_title(int(steps))] = value
     rows[f"teacher, {HEUN_STEPS} Heun steps"] = metrics["teacher_heun"][str(HEUN_STEPS)]
     rows["one-step generator"] = metrics["one_step"]
 
     print(f"{name}: energy distance to the data x 1000, {metrics['samples']:,} samples")
     for label, value in rows.items():
         print(f"  {label:36} {1000 * value:9.3f}")
-    print(f"  {report.spent(metrics['seconds'])}")
+    print(f"  {spent(metrics['seconds'])}")
     slow, fast = metrics["draw_10000_s"]["50"], metrics["draw_10000_s"]["one_step"]
     print(f"  10,000 samples: {slow:.3f} s with 50 steps, {fast:.4f} s with one, "
           f"{slow / fast:.0f} times faster; see {out}/samples.png")

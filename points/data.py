@@ -45,12 +45,23 @@ class GaussianMixture:
     """Data distributed as sum_k weights[k] N(means[k], covs[k]): its marginal velocity (3.2) in closed form.
 
     weights: [K], normalised here. means: [K, D]; gradients flow through them. covs: [K, D, D], zero (a point
-    mass) allowed, symmetric positive semi-definite."""
+    mass) allowed. Raises InputError for other shapes, negative weights or weights that sum to zero,
+    covariances that are not symmetric positive semi-definite."""
 
     def __init__(self, weights, means, covs):
         weights, means, covs = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, covs))
+        shape = means.shape
+        if means.dim() != 2 or weights.shape != shape[:1] or covs.shape != (*shape, shape[1]):
+            raise InputError("weights, means, covs must have shapes [K], [K, D], [K, D, D]")
+        if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
+            raise InputError(f"weights must be non-negative, with a finite sum > 0, got {weights.tolist()}")
         self.weights, self.means = weights / weights.sum(), means
-        values, self.axes = torch.linalg.eigh(covs)  # [K, D], [K, D, D]: covs = axes diag(values) axes^T
+        slack = 1e-6 * covs.abs().amax().clamp(min=1e-12)
+        symmetric = (covs - covs.mT).abs().amax() <= slack < math.inf
+        if symmetric:
+            values, self.axes = torch.linalg.eigh(covs)  # [K, D], [K, D, D]: covs = axes diag(values) axes^T
+        if not symmetric or values.min() < -slack:
+            raise InputError(f"covs must be symmetric positive semi-definite, got {covs.tolist()}")
         self.variances = values.clamp(min=0)
 
     def sample(self, n, generator=None):

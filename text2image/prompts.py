@@ -36,8 +36,8 @@ def read_json_lines(path):
     for line in read_lines(path):
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: every line must be a JSON object ({error}): {line[:80]}") from error
+        except (ValueError, RecursionError):
+            record = None
         if not isinstance(record, dict):
             raise InputError(f"{path}: every line must be a JSON object, got {line[:80]}")
         records.append(record)
@@ -141,10 +141,9 @@ def cached_files(cache, title, made_of, parts, load, encode):
 
     What decides a file's content is in its name, so that a file that exists is kept, and what has changed is
     made anew. The processes share the work. A collective call."""
-    cache, paths = open_folder(cache), []
-    for i, (_, key) in enumerate(parts):
-        paths.append(cache / f"{title}-{i:06d}-{digest_of([made_of, key])[:16]}.safetensors")
-
+    cache = open_folder(cache)
+    paths = [cache / f"{title}-{i:06d}-{digest_of([made_of, key])[:16]}.safetensors"
+             for i, (_, key) in enumerate(parts)]
     missing = first_process(lambda: [i for i, path in enumerate(paths) if not path.exists()])
     if missing:
         encoder, processes = load(), fgm.world_size()

@@ -96,7 +96,6 @@ ADVANCED_FLAGS = {
     "loss_scale": Setting(float, POSITIVE, "factor of the generator's loss"),
     "flow_updates": Setting(int, "[1, 1e3]", "updates of the online flow per generator update"),
 }
-DISTILLATION_FLAGS = EVERYDAY_FLAGS | ADVANCED_FLAGS
 TEACHER_FLAGS = {
     "teacher_lr": Setting(float, POSITIVE, "learning rate of the teacher"),
     "teacher_t": Setting(float, LOGIT_NORMAL, "t of the teacher's loss ~ logit-normal(MEAN, STD)",
@@ -136,10 +135,8 @@ def add_flags(add, settings):
     for name, setting in settings.items():
         if setting.kind is bool:
             add(flag(name), action="store_true", help=setting.help)
-
         elif setting.kind is argparse.BooleanOptionalAction:
             add(flag(name), action=setting.kind, help=setting.help)
-
         else:
             choices = setting.allowed if isinstance(setting.allowed, list) else None
             action = add(flag(name), type=setting.kind, nargs=setting.count, choices=choices,

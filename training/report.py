@@ -31,6 +31,26 @@ def teacher_defect(name, teacher, x0, seed, **cond):
     return worst
 
 
+def teacher_title(steps):
+    """What the teacher as a sampler is called in tables and pictures."""
+    return "teacher, 1 step" if steps == 1 else f"teacher, {steps} steps"
+
+
+def metrics_of(rows, metric, samples, defect, seconds):
+    """What cifar.py and sd3.py write into metrics.json alike.
+
+    rows: {"teacher, K steps" or "one step": {score: value}}; metric: the score that counts; defect: what
+    teacher_defect returned, or None."""
+    metrics = {
+        "samples": samples,
+        "teacher": {name.split()[1]: row[metric] for name, row in rows.items() if name != "one step"},
+        "one_step": rows["one step"][metric],
+        "rows": rows,
+        "seconds": seconds,
+    }
+    return metrics if defect is None else metrics | {"defect": defect}
+
+
 def print_scores(rows):
     """Print {sampler: {score: value}} as a table, with the columns of the last sampler.
 
@@ -47,10 +67,12 @@ def print_scores(rows):
         print("  " + "   ".join([f"{first:{widths[0]}}", *cells]))
 
 
-def print_defect(defect):
-    """defect: what teacher_defect returned."""
-    print(f"  the teacher's defect, 0 for a flow's velocity: {defect['value']:.3f} +- "
-          f"{defect['standard_error']:.3f} at t = {defect['t']}")
+def print_end(defect, seconds, out):
+    """The lines below the table. defect: what teacher_defect returned, or None."""
+    if defect is not None:
+        print(f"  the teacher's defect, 0 for a flow's velocity: {defect['value']:.3f} +- "
+              f"{defect['standard_error']:.3f} at t = {defect['t']}")
+    print(f"  {spent(seconds)}; pictures and metrics.json in {out}")
 
 
 def spent(seconds):

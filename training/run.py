@@ -35,10 +35,7 @@ def command(main):
     2: bad input, or something that cannot be read or written; 1: divergence; 130 and 143: Ctrl-C, SIGTERM.
     Where there are several processes it does not return."""
 
-    def terminate(number, frame):
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
         status, message = outcome(main)
         if message is not None:

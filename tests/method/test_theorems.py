@@ -6,12 +6,12 @@ gradients. The path noise is integrated by tensor Gauss-Hermite nodes."""
 
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 
 import fgm
 from points.data import GaussianMixture
+from points.quadrature import induced_velocity, with_every_noise
 from toy2d import VelocityMLP
 
 K, D = 5, 2
@@ -30,25 +30,6 @@ def make_target(seed):
     return GaussianMixture(weights, means, roots @ roots.mT + 0.05 * torch.eye(D))
 
 
-def nodes(n=100):
-    """Gauss-Hermite nodes and weights for a standard normal in 2-D: [n*n, 2], [n*n]."""
-    x, w = np.polynomial.hermite_e.hermegauss(n)
-    x, w = torch.from_numpy(x), torch.from_numpy(w / w.sum())
-    return torch.cartesian_prod(x, x), torch.cartesian_prod(w, w).prod(1)
-
-
-def with_every_noise(codes, t):
-    """All pairs of K codes and N noises, and t: (codes, noise, weights, times), [K*N, ...] each."""
-    noise, weights = nodes()
-    times = torch.full((K * len(noise),), t, dtype=torch.float64)
-    return codes.repeat_interleave(len(noise), 0), noise.repeat(K, 1), weights.repeat(K) / K, times
-
-
-def induced(x0):
-    """The exact velocity of the path that the samples x0 [K, D] induce."""
-    return GaussianMixture(torch.ones(len(x0)), x0, torch.zeros(len(x0), D, D)).velocity
-
-
 def relative_error(generator, target, t, losses):
     """|| true gradient of (4.1) - gradient of losses || / || true ||."""
     torch.manual_seed(7)
@@ -57,10 +38,10 @@ def relative_error(generator, target, t, losses):
     parameters = list(generator.parameters())
 
     xt = fgm.interpolate(generator(codes_), noise_, times)
-    gap = target.velocity(xt, times) - induced(generator(codes))(xt, times)
+    gap = target.velocity(xt, times) - induced_velocity(generator(codes))(xt, times)
     true = torch.autograd.grad((weights * fgm.dot(gap, gap)).sum(), parameters)
 
-    online = induced(generator(codes).detach())
+    online = induced_velocity(generator(codes).detach())
     found = losses(target.velocity, online, generator(codes_), noise_, times)
     ours = torch.autograd.grad((weights * found).sum(), parameters)
     flat = [torch.cat([g.flatten() for g in grads]) for grads in (true, ours)]
@@ -176,7 +157,7 @@ def test_the_functional_is_below_4_1_and_equal_at_its_maximum(t):
     torch.manual_seed(3)
     x0, target = make_generator(0)(torch.randn(K, D, dtype=torch.float64)).detach(), make_target(10)
     x0_, noise_, weights, times = with_every_noise(x0, t)
-    xt, best = fgm.interpolate(x0_, noise_, times), induced(x0)
+    xt, best = fgm.interpolate(x0_, noise_, times), induced_velocity(x0)
 
     def mean_square(first, second):
         gap = first(xt, times) - second(xt, times)
@@ -202,12 +183,12 @@ def test_where_l1_lies_beside_the_functional(moved):
     x0_, noise_, weights, times = with_every_noise(x0, 0.5)
 
     def flow(x, t):
-        return (1 - moved) * induced(x0)(x, t) + moved * u(x, t)
+        return (1 - moved) * induced_velocity(x0)(x, t) + moved * u(x, t)
 
     l1, _ = fgm.fgm_losses(u, flow, x0_, noise_, times)
     gap = (weights * (l1 - four_lines(u, flow, x0_, noise_, times))).sum()
     xt = fgm.interpolate(x0_, noise_, times)
-    v, best, teacher = flow(xt, times), induced(x0)(xt, times), u(xt, times)
+    v, best, teacher = flow(xt, times), induced_velocity(x0)(xt, times), u(xt, times)
     expected = 2 * (weights * fgm.dot(v - best, v - teacher)).sum()
     torch.testing.assert_close(gap, expected, rtol=1e-9, atol=1e-9)
     distance = (weights * fgm.dot(teacher - best, teacher - best)).sum()
@@ -222,7 +203,7 @@ def test_flow_product_identity(t):
     x0, f = make_generator(0)(torch.randn(K, D, dtype=torch.float64)).detach(), make_target(10).velocity
     x0_, noise_, weights, times = with_every_noise(x0, t)
     xt = fgm.interpolate(x0_, noise_, times)
-    left = (weights * fgm.dot(f(xt, times), induced(x0)(xt, times))).sum()
+    left = (weights * fgm.dot(f(xt, times), induced_velocity(x0)(xt, times))).sum()
     right = (weights * fgm.dot(f(xt, times), noise_ - x0_)).sum()
     assert abs(left - right) < 1e-11 * abs(left)
 

@@ -101,10 +101,11 @@ def test_conditions_reach_every_network_and_follow_the_seeds():
     nets = [Labelled(calls) for _ in range(3)]
     generator = fgm.OneStepGenerator(nets[1], 0.9)
     settings = dict(steps=2, batch=6, conditions=lambda seeds: {"labels": seeds % 10})
-    labels = [(fgm.Draws(6, "cpu", 0, fgm.DISTILLATION, 0, k).seeds() % 10).tolist() for k in (0, 1)]
+    labels = [(fgm.Draws(6, "cpu", 0, fgm.DISTILLATION, step, k).seeds() % 10).tolist()
+              for step in (0, 1) for k in (0, 1)]
     fgm.distill(nets[0], generator, nets[2], (2,), **settings, flow_updates=2)
-    # Generator, flow and teacher as a trial, flow; generator, flow, teacher. The second step has no trial.
-    assert calls[:7] == [labels[0]] * 4 + [labels[1]] * 3 and len(calls) == 7 + 5
+    # Generator, flow; generator, flow, teacher; and the first step tries flow and teacher once more.
+    assert calls == [labels[0]] * 4 + [labels[1]] * 3 + [labels[2]] * 2 + [labels[3]] * 3
     calls.clear()
     fgm.distill(nets[0], generator, nets[2], (2,), **settings)
     assert calls[:3] == [labels[0]] * 3 and len(calls) == 6
