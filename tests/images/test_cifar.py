@@ -106,7 +106,7 @@ def test_a_teacher_under_another_path_goes_on(finished, tmp_path, monkeypatch):
     shutil.copy(finished[0] / "teacher.safetensors", tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    line = [*SMALL, "--cond", "--out", "~/out", "--teacher"]
+    line = [*SMALL, "--cond", "--out", "~/out", "--kimg", "0.08", "--samples", "10", "--teacher"]
     assert drive_here(cifar, *line, "~/teacher.safetensors").returncode == 0
     log = (tmp_path / "out" / "log.jsonl").read_bytes()
     done = drive_here(cifar, *line, finished[0] / "teacher.safetensors")
@@ -156,7 +156,7 @@ def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
 
 def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, capfd):
     out, _ = finished
-    teacher, data = out / "teacher.safetensors", photographs(tmp_path / "data", [2, 1])
+    teacher, data = out / "teacher.safetensors", photographs(tmp_path / "data", [2, 1], "ab")
     cases = [
         (["--data", "nowhere"], "neither cifar10, digits nor a folder"),
         (["--data", "digits", "--teacher", teacher], "conditional on 10 classes, asked for is 0"),
@@ -203,7 +203,7 @@ def test_default_micro_batch(device, batch, micro_batch):
     assert cifar.default_micro_batch(batch, torch.device(device)) == micro_batch
 
 
-def photographs(data, counts, names=("often", "seldom")):
+def photographs(data, counts, names):
     """A folder of random images of 20x20 pixels, so many of each class."""
     random = np.random.default_rng(0)
     for name, count in zip(names, counts, strict=True):
@@ -218,44 +218,36 @@ QUICK = ["--quick", "--cond", "--device", "cpu", "--model-channels", "8", "--cha
          "--teacher-kimg", ".008", "--kimg", ".008", "--batch", "4", "--samples", "24", "--attention"]
 
 
-def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
-    """The whole command on a folder of colour images of unequal classes: --quick's settings, shortened."""
-    data, out = photographs(tmp_path / "data", [20, 4]), tmp_path / "out"
-    line = ["--data", data, "--out", out, "--gan", "0.01", *QUICK]
+def test_quick_run_on_photographs_a_part_of_which_is_held_out(tmp_path, monkeypatch, capfd):
+    """The whole command on a folder of colour images: --quick's settings, shortened, with a GAN.
+
+    The classes are unequal, and have names that a console may not show: of another encoding and alphabet."""
+    names, out = ["caf\udce9", "\u0436"], tmp_path / "out"  # a byte of latin-1; a Cyrillic letter
+    data = photographs(tmp_path / "data", [20, 10], names)
+    line = ["--data", data, "--out", out, "--gan", "0.01", "--hold-out", *QUICK]
     done = drive_here(cifar, *line)
     assert done.returncode == 0, done.stderr
     metrics, config = (json.loads((out / name).read_text()) for name in ("metrics.json", "config.json"))
-    assert metrics["metric"] == "judge Frechet distance" and config["class_counts"] == [20, 4]
+    assert config["class_counts"] == [16, 8] and metrics["against"].startswith("24 training images")
+    assert config["classes"] == load_network(out / "generator.safetensors")[1]["classes"] == names
     assert config["network"]["img_resolution"] == 16 and config["settings"]["weight"] == "sid"
+    assert "extra_flow_loss" in (out / "log.jsonl").read_text() and config["settings"]["gan"] == 0.01
+
+    assert metrics["metric"] == "judge Frechet distance"
     row = metrics["rows"]["one step"]
     assert row["judge_frechet"] == metrics["one_step"] and row["noise"] > 0
-    assert "extra_flow_loss" in (out / "log.jsonl").read_text() and config["settings"]["gan"] == 0.01
     (one_step,) = (row for row in done.stdout.splitlines() if row.startswith("  one step"))
     numbers = [f"{row[name]:.4f}" for name in ("judge_frechet", "pixel_frechet", "noise", "accuracy")]
     assert one_step.split()[2:6] == numbers
-
-    # Images of the same name that changed are noticed before anything is lost.
-    (data / "often" / "1.png").write_bytes((data / "often" / "0.png").read_bytes())
-    assert_refused(cifar, [(line, "trained for other images; remove it")], out, monkeypatch, capfd)
-
-    # Samples drawn later have the data's shares.
-    assert drive_here(cifar, "--sample", "24", "--npz", "--out", out).returncode == 0
-    assert np.load(out / "samples-one-step.npz")["labels"].sum() == 4
-
-
-def test_images_held_out_are_not_trained_on_and_copies_are_reported(tmp_path):
-    """With class names that a console may not show: of other alphabets, and of another encoding."""
-    names = ["caf\udce9", "\u0436"]  # the byte 0xe9 in a file's name; a Cyrillic letter
-    data = photographs(tmp_path / "data", [20, 10], names)
-    done = drive_here(cifar, "--data", data, "--out", tmp_path / "out", "--hold-out", *QUICK)
-    assert done.returncode == 0, done.stderr
-    metrics, config = (json.loads((tmp_path / "out" / name).read_text())
-                       for name in ("metrics.json", "config.json"))
-    assert config["class_counts"] == [16, 8] and metrics["against"].startswith("24 training images")
     for name in ("teacher, 50 steps", "one step"):
         row = metrics["rows"][name]
         assert row["to_trained"] > 0 and row["to_held_out"] > 0 and 0.9 < row["copy_ratio"] < 1.1
     assert "copy_ratio" not in metrics["rows"]["teacher, 1 step"] and "copy ratio" in done.stdout
-    assert config["classes"] == names
-    about = load_network(tmp_path / "out" / "generator.safetensors")[1]
-    assert about["classes"] == names
+
+    # Samples drawn later have the data's shares.
+    assert drive_here(cifar, "--sample", "24", "--npz", "--out", out).returncode == 0
+    assert np.load(out / "samples-one-step.npz")["labels"].sum() == 8
+
+    # Images of the same name that changed are noticed before anything is lost.
+    (data / names[0] / "1.png").write_bytes((data / names[0] / "0.png").read_bytes())
+    assert_refused(cifar, [(line, "run with other settings (images ")], out, monkeypatch, capfd)

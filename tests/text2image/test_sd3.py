@@ -113,7 +113,7 @@ def test_interrupted_run_resumed_equals_uninterrupted_wherever_its_files_lie(
 def test_lora_run_resumes_writes_its_file_and_refuses_another_base(models, tmp_path):
     """Of SD3.5-large's shape, and without the GAN."""
     model = shutil.copytree(models["3.5-large"], tmp_path / "model")
-    arguments = ["--model", model, "--out", tmp_path, "--lora", 4, *SMALL]
+    arguments = ["--model", model, "--out", tmp_path, "--lora", 4, *SMALL, "--samples", 2]
     done = drive_here(sd3, *arguments)
     assert done.returncode == 0, done.stderr
     lora = load_file(tmp_path / "lora.safetensors")
