@@ -1,8 +1,7 @@
-"""What a distillation step costs: against its bare network passes, and against SiD's loop; and what logging,
-checkpoints and pictures cost.
+"""What a distillation step costs: against its bare network passes, and against SiD's loop.
 
     python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the peak memory
-    python bench.py --compile --only step --json bench.json     # also with torch.compile
+    python bench.py --compile --json bench.json     # also with torch.compile
 
 Every row is a ratio of two things, measured in turns in the same run: median and range of the repeats.
 """
@@ -18,20 +17,17 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import cifar
 import fgm
 import tiny_sd3
 import toy2d
-from images import data as images
-from images import scores
 from images import unet as edm
 from text2image import transformer as sd3_transformer
 from text2image.pipeline import quiet
 from training import flags
 from training.files import open_folder, write_json
 from training.flags import Setting
-from training.processes import setup
-from training.run import FolderRun, command
+from training.processes import compile_networks, setup
+from training.run import command
 
 # ---- The subjects: what fgm.distill takes, new in every call -----------------------------------------------
 
@@ -51,11 +47,6 @@ def unet(device, batch, size, channels, **network):
     labels = torch.eye(10, device=device)
     return Subject(
         *networks, (channels, size, size), batch, lambda seeds: {"class_labels": labels[seeds % 10]})
-
-
-def digits(device, batch=128):
-    settings = {name: cifar.DIGITS[name] for name in ("model_channels", "channel_mult", "num_blocks")}
-    return unet(device, batch, 8, 1, attn_resolutions=cifar.DIGITS["attention"], **settings)
 
 
 def cifar10(device):
@@ -87,7 +78,9 @@ def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, con
 SUBJECTS = {
     "toy MLP, batch 768": partial(toy, batch=768),
     "toy MLP, batch 4096": toy,
-    "EDM U-Net, digits, batch 128": digits,
+    "EDM U-Net, digits, batch 128": partial(
+        unet, batch=128, size=8, channels=1, model_channels=32, channel_mult=[1, 2], num_blocks=1,
+        attn_resolutions=[4]),
     "miniature SD3, three networks, batch 48": miniature,
     "miniature SD3, LoRA 16, batch 48": partial(miniature, lora_rank=16),
 }
@@ -224,10 +217,11 @@ def ratio(first, second, repeats):
     return spread([a / b for a, b in pairs]) | {"first_s": first_s, "second_s": second_s}
 
 
-# ---- The rows: generators of (name, {"median", "least", "most", ...}) --------------------------------------
+# ---- The command -------------------------------------------------------------------------------------------
 
 
-def step_rows(device, args):
+def measure(device, args):
+    """Yields the name of every row and the row, {"median", "least", "most", ...}."""
     on_gpu = device.type == "cuda"
     subjects = SUBJECTS | FULL_SIZE if on_gpu or args.full else SUBJECTS
     precisions = ["fp32", "bf16"] if fgm.wants_bf16("auto", device) else ["fp32"]
@@ -242,14 +236,11 @@ def step_rows(device, args):
             passes()
         if compile:
             title += ", compiled"
-            torch._functorch.config.donated_buffer = False  # a graph is differentiated twice
-            for network in (subject.teacher, subject.flow, subject.net):
-                network.compile()
+            compile_networks(subject.teacher, subject.flow, subject.net)
 
         number = max(3, round(TURN / statistics.median(pass_times(passes, 3))))
         step = partial(step_times, subject, number, precision=precision)
         row = ratio(step, partial(pass_times, passes, number), args.repeats)
-        row["images_per_s"] = subject.batch / row["first_s"]
         row["tflops"] = counter.get_total_flops() / 1e12 / row["first_s"]
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -262,34 +253,7 @@ def step_rows(device, args):
         yield f"SiD's loop / step: {title}", ratio(sid, weighted, args.repeats)
 
 
-def running_rows(device, args):
-    """Extra time of steps that log, save or draw, over cifar.py's default intervals, as a share of all."""
-    subject, never = digits(device), 10**9
-    pixels = images.load_images("digits").pixels
-
-    def draw(sampler, n, in_turn):
-        return images.draw_images(sampler, n, subject.shape, [1] * 10, device)[0]
-
-    shares = {"log_every": [], "save_every": [], "picture_every": []}
-    for _ in range(args.repeats):
-        for name, values in shares.items():
-            with tempfile.TemporaryDirectory() as folder:
-                settings = {"save_every": never, "log_every": never} | {name: 3}
-                run = FolderRun(folder, **settings)
-                if name == "picture_every":
-                    run.picture = scores.make_picture(run.out, pixels, subject.teacher, draw, 500)
-                times = step_times(subject, 9, run=run)
-
-            usual = statistics.median(times[0::3] + times[2::3])
-            extra = statistics.median(times[1::3]) - usual
-            values.append(extra / usual / cifar.PAPER[name])
-    row = spread([sum(parts) for parts in zip(*shares.values(), strict=True)])
-    yield "logging + checkpoints + pictures / run time: digits", row | shares
-
-
-PARTS = {"step": step_rows, "running": running_rows}
 FLAGS = {
-    "only": Setting(str, list(PARTS), "measure these parts alone", "+"),
     "repeats": Setting(int, flags.COUNT, "repeats of each ratio"),
     "compile": Setting(bool, None, "measure also with torch.compile"),
     "full": Setting(bool, None, "measure the EDM U-Net at CIFAR-10 size on a CPU, too"),
@@ -301,7 +265,7 @@ FLAGS = {
 def main():
     parser = flags.Parser(prog="bench.py", description="Measure what the project's code costs.")
     flags.add_flags(parser.add_argument, FLAGS)
-    args = parser.parse_with(lambda given: {"only": list(PARTS), "repeats": 5})
+    args = parser.parse_with(lambda given: {"repeats": 5})
     device = setup(args.device)
     if args.json:
         open_folder(Path(args.json).parent)  # raises now, not when all is measured
@@ -314,18 +278,16 @@ def main():
     print(f"{'':72}{'median':>9}{'range':>18}{'seconds':>22}")
 
     rows = {}
-    for part in args.only:
-        for name, row in PARTS[part](device, args):
-            rows[name] = row
-            line = f"{name:72}{row['median']:9.3f}{row['least']:9.3f} -{row['most']:7.3f}"
-            if "first_s" in row:
-                seconds = f"{row['first_s']:.4f} / {row['second_s']:.4f}"
-                line += f"{seconds:>22}"
-            if "tflops" in row:
-                line += f"  {row['tflops']:.3g} TFLOP/s"
-            if "peak_gb" in row:
-                line += f"  {row['peak_gb']:.1f} GB"
-            print(line)
+    for name, row in measure(device, args):
+        rows[name] = row
+        line = f"{name:72}{row['median']:9.3f}{row['least']:9.3f} -{row['most']:7.3f}"
+        seconds = f"{row['first_s']:.4f} / {row['second_s']:.4f}"
+        line += f"{seconds:>22}"
+        if "tflops" in row:
+            line += f"  {row['tflops']:.3g} TFLOP/s"
+        if "peak_gb" in row:
+            line += f"  {row['peak_gb']:.1f} GB"
+        print(line)
     if args.json:
         write_json(args.json, {"device": hardware, "torch": torch.__version__, "rows": rows})
 

@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,8 @@ from images import data as images
 from images import scores
 from images.published import image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from images.unet import Block, EDMUNet, build, keep_features  # noqa: F401
-from training import files, flags, processes, run
-from training.flags import Setting
+from training import files, flags, processes, report, run
+from training.flags import COUNT, POSITIVE, Setting
 from training.gan import GAN
 
 # ---- Settings ----------------------------------------------------------------------------------------------
@@ -65,51 +64,58 @@ QUICK_ON_GPU = QUICK | dict(
     resolution=32, model_channels=64, num_blocks=2, attention=[16], teacher_kimg=1000, kimg=300, batch=512,
 )
 
-DATA_FLAGS = {
-    "data": Setting(flags.path, None, "cifar10, digits, or a folder with one sub-folder per class"),
-    "resolution": Setting(int, flags.COUNT, "crop and resize the images of a folder, or shrink cifar10"),
-    "cond": Setting(bool, None, "class-conditional networks (table 2 of the paper)"),
-    "flip": Setting(argparse.BooleanOptionalAction, None, "horizontal flips when the teacher trains"),
-    "hold_out": Setting(bool, None, "train on four fifths of the images, and report copies: whether samples "
-                                    "are nearer to these images than to the others"),
+FLAGS = {  # by their group in --help
+    "data": {
+        "data": Setting(flags.path, None, "cifar10, digits, or a folder with one sub-folder per class"),
+        "resolution": Setting(int, COUNT, "crop and resize the images of a folder, or shrink cifar10"),
+        "cond": Setting(bool, None, "class-conditional networks (table 2 of the paper)"),
+        "flip": Setting(argparse.BooleanOptionalAction, None, "horizontal flips when the teacher trains"),
+        "hold_out": Setting(bool, None, "train on four fifths of the images, and report whether samples are "
+                                        "copies: nearer to these images than to the others"),
+    },
+    "run": {
+        "out": Setting(flags.path, None, "output folder (default: runs/DATA, with -cond if conditional)"),
+        "paper": Setting(bool, None, "the paper's settings on any data"),
+        "quick": Setting(bool, None, "a small network, trained briefly, for photographs: 16x16 on a CPU, "
+                                     "32x32 on a GPU"),
+        **flags.RUN_FLAGS, **flags.PICTURE_FLAG,
+    },
+    "teacher and network (EDM, arXiv 2206.00364; section 5.1)": {
+        "teacher": Setting(flags.path, None, "a network file of ours, or a published EDM pickle, to distil"),
+        "model_channels": Setting(int, "[4, 1e5]", "width of the first level"),
+        "channel_mult": Setting(int, "[1, 1000]", "widths of the levels as multiples of that", "+"),
+        "num_blocks": Setting(int, "[1, 1000]", "residual blocks per level"),
+        "attention": Setting(int, COUNT, "resolutions with attention", "*"),
+        "dropout": Setting(float, "[0, 1)", "when the teacher trains"),
+        "teacher_kimg": Setting(float, POSITIVE, "thousand images to train the teacher on"),
+        **flags.TEACHER_FLAGS,
+        "teacher_ema": Setting(float, flags.RANGES["ema_decay"], "of the teacher's moving average",
+                               metavar="DECAY"),
+    },
+    "distillation (Algorithm 1; section 5.1, appendix B.1)": {
+        "kimg": Setting(float, POSITIVE, "thousand images to distil with"),
+        "gan": Setting(float, POSITIVE, "add a GAN on the training images, with this weight in the "
+                                        "generator's loss (0.1 for digits); the discriminator's is five "
+                                        "times that", metavar="WEIGHT"),
+        **flags.EVERYDAY_FLAGS,
+    },
+    "advanced": flags.ADVANCED_FLAGS,
+    "scores": {
+        "samples": Setting(int, "[2, 1e9]", "images scored"),
+        "fid": Setting(bool, None, "Inception FID by torch-fidelity against the training images; "
+                                   "under 50,000 samples it is labelled fid-5k, ..."),
+        "inception_weights": Setting(flags.path, None, "for --fid without a download", metavar="FILE"),
+    },
+    "drawing samples from a finished run": {
+        "sample": Setting(int, COUNT, "draw N images from a finished run instead of training", metavar="N"),
+        "generator": Setting(flags.path, None, "a generator.safetensors to draw from", metavar="FILE"),
+        "ode_steps": Setting(int, COUNT, "draw from the teacher with K Euler steps instead", metavar="K"),
+        "classes": Setting(int, "[0, 1e9]", "draw these in turn, not each as often as in the data", "+"),
+        "npz": Setting(bool, None, "also write the images as a uint8 array"),
+    },
 }
-OUT_FLAGS = {
-    "out": Setting(flags.path, None, "output folder (default: runs/DATA, with -cond if conditional)"),
-    "paper": Setting(bool, None, "the paper's settings on any data"),
-    "quick": Setting(bool, None, "a small network, trained briefly, for photographs: 16x16 on a "
-                                 "CPU, 32x32 on a GPU"),
-}
-TEACHER_FLAGS = {
-    "teacher": Setting(flags.path, None, "a network file of ours, or a published EDM pickle, to distil"),
-    "model_channels": Setting(int, "[4, 1e5]", "width of the first level"),
-    "channel_mult": Setting(int, "[1, 1000]", "widths of the levels as multiples of that", "+"),
-    "num_blocks": Setting(int, "[1, 1000]", "residual blocks per level"),
-    "attention": Setting(int, flags.COUNT, "resolutions with attention", "*"),
-    "dropout": Setting(float, "[0, 1)", "when the teacher trains"),
-    "teacher_kimg": Setting(float, flags.POSITIVE, "thousand images to train the teacher on"),
-    **flags.TEACHER_FLAGS,
-    "teacher_ema": Setting(float, flags.RANGES["ema_decay"], "of the teacher's moving average",
-                           metavar="DECAY"),
-}
-METHOD_FLAGS = {
-    "kimg": Setting(float, flags.POSITIVE, "thousand images to distil with"),
-    "gan": Setting(float, flags.POSITIVE, "a GAN on the training images, too: its weight in the generator's "
-                                        "loss, both per element, a fifth of that in the flow's (digits: 0.1)",
-                   metavar="WEIGHT"),
-}
-SCORE_FLAGS = {
-    "samples": Setting(int, "[2, 1e9]", "images that each score is measured on"),
-    "fid": Setting(bool, None, "Inception FID by torch-fidelity against the training images; "
-                               "under 50,000 samples it is labelled fid-5k, ..."),
-    "inception_weights": Setting(flags.path, None, "for --fid without a download", metavar="FILE"),
-}
-SAMPLE_FLAGS = {
-    "sample": Setting(int, flags.COUNT, "draw N images from the run in OUT or --generator FILE", metavar="N"),
-    "generator": Setting(flags.path, None, "a generator.safetensors to draw from", metavar="FILE"),
-    "ode_steps": Setting(int, flags.COUNT, "draw from the teacher with K Euler steps instead", metavar="K"),
-    "classes": Setting(int, "[0, 1e9]", "draw these in turn, not each as often as in the data", "+"),
-    "npz": Setting(bool, None, "also write the images as a uint8 array"),
-}
+NEEDS = {"generator": ["sample"], "ode_steps": ["sample"], "classes": ["sample"], "npz": ["sample"],
+         "inception_weights": ["fid"]}
 
 
 def defaults(given):
@@ -129,23 +135,11 @@ def arguments():
         description="Train, distil, sample and score a one-step image generator (FGM, arXiv 2410.19310).",
         epilog="The defaults shown are the paper's, but for --lr-warmup, --teacher-t and the start, which it "
                "does not state; the teacher's Adam has a beta1 of 0.9, not 0. See also --data digits --help.")
-    groups = {
-        "data": DATA_FLAGS,
-        "run": OUT_FLAGS | flags.RUN_FLAGS | flags.PICTURE_FLAG,
-        "teacher and network (EDM, arXiv 2206.00364; section 5.1)": TEACHER_FLAGS,
-        "distillation (Algorithm 1; section 5.1, appendix B.1)": METHOD_FLAGS | flags.DISTILLATION_FLAGS,
-        "scores": SCORE_FLAGS,
-        "drawing samples from a finished run": SAMPLE_FLAGS,
-    }
-    for title, settings in groups.items():
+    for title, settings in FLAGS.items():
         flags.add_flags(parser.add_argument_group(title).add_argument, settings)
-    needs = {"generator": ["sample"], "ode_steps": ["sample"], "classes": ["sample"], "npz": ["sample"],
-             "inception_weights": ["fid"]}
-    args = parser.parse_with(defaults, lambda args: needs)
+    args = parser.parse_with(defaults, lambda args: NEEDS)
     if args.quick and args.paper:
         parser.error("--quick and --paper contradict each other: give one of them")
-    if args.quick and args.data == "digits":
-        parser.error("--quick is for photographs: --data digits is quick as it is")
     if args.generator and args.ode_steps:
         parser.error("--ode-steps draws from a teacher and --generator names a one-step generator: give one")
     return args
@@ -184,20 +178,16 @@ def draw_from_files(args, device):
 
     net, about = load_network(path)
     net = net.to(device)
+    if ("generator" in about) == bool(args.ode_steps):
+        raise InputError(f"{path} does not fit: with --ode-steps it must be a teacher, without a generator")
     if args.ode_steps:
-        if "generator" in about:
-            raise InputError(f"{path} is a one-step generator, no teacher")
         kind, sampler = f"{args.ode_steps}-steps", partial(fgm.sample_ode, net, steps=args.ode_steps)
     else:
-        if "generator" not in about:
-            raise InputError(f"{path} is no generator; with --ode-steps K it can be sampled as a teacher")
         kind, sampler = "one-step", fgm.OneStepGenerator(net, **about["generator"])
 
     names = about["classes"] if about["network"]["label_dim"] else []
-    if args.classes and not names:
-        raise InputError("--classes needs a conditional network")
     if args.classes and max(args.classes) >= len(names):
-        raise InputError(f"--classes must lie in 0..{len(names) - 1}")
+        raise InputError(f"--classes counts from 0, and the network was trained on {len(names)} classes")
 
     began = time.perf_counter()
     pixels, labels = images.draw_images(
@@ -215,8 +205,7 @@ def draw_from_files(args, device):
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # [N, C, R, R] -> [N, R, R, C]
         with files.atomically(written[1]) as temporary:
             np.savez(temporary, images=arrays, labels=labels.numpy(), classes=names)
-    of_classes = " of " + ", ".join(names[i] for i in args.classes) if args.classes else ""
-    print(f"{len(pixels)} images{of_classes} in {seconds:.2f} s: {', '.join(written)}")
+    print(f"{len(pixels)} images in {seconds:.2f} s: {', '.join(written)}")
 
 
 # ---- The steps of a run ------------------------------------------------------------------------------------
@@ -270,27 +259,13 @@ def check_scores(args, real, device, judge_file, fid_features):
     processes.first_process(check)
 
 
-@torch.no_grad()
-def check_teacher(args, teacher, shape, class_counts, device, samples=64, repeats=4):
-    """{"teacher_defect": value, "teacher_defect_error": its standard error} of a given teacher, on its own
-    samples, each at several t. Warns of a clear defect: FGM needs the velocity of a flow."""
+def check_teacher(args, teacher, shape, class_counts, device, samples=64):
+    """report.teacher_defect of a given teacher, on samples that it draws in 50 steps."""
     indices = torch.arange(samples)
-    labels = images.labels_of(indices, class_counts)
     noise = processes.noise_from(args.seed * 2**32 + indices, shape, device)
-    x0 = fgm.sample_ode(teacher, noise, 50, **images.condition(labels, len(class_counts), device))
-
-    x0 = x0.repeat(repeats, 1, 1, 1)  # [64, C, R, R] -> [256, C, R, R]
-    t = (torch.arange(len(x0), device=device) + 0.5) / len(x0)
-    torch.manual_seed(args.seed)
-    cond = images.condition(labels.repeat(repeats), len(class_counts), device)
-    defect, error = fgm.defect(teacher, x0, t, **cond)
-
-    if abs(defect) > max(0.3, 5 * error) and fgm.process_rank() == 0:
-        print(f"warning: {args.teacher} is not a flow's velocity, its defect is {defect:.2f} +- {error:.2f}, "
-              "not 0. The usual causes: it was trained with noise paired with data (OT-CFM, rectified flow); "
-              "its sign is the opposite (it should be noise - data); its t runs the other way (t = 1 should "
-              "be noise).", file=sys.stderr)
-    return {"teacher_defect": defect, "teacher_defect_error": error}
+    cond = images.condition(images.labels_of(indices, class_counts), len(class_counts), device)
+    x0 = fgm.sample_ode(teacher, noise, 50, **cond)
+    return report.teacher_defect(args.teacher, teacher, x0, args.seed, **cond)
 
 
 def main():
@@ -343,7 +318,7 @@ def main():
         processes.compile_networks(teacher, flow, net)
 
     # The teacher, by ReFlow (3.6), or a given one.
-    seconds, defect = {"teacher": 0.0}, {}
+    seconds, defect = {"teacher": 0.0}, None
     if args.teacher:
         defect = check_teacher(args, teacher, shape, class_counts, device)
     else:
@@ -377,12 +352,11 @@ def main():
     processes.wait_for_first()
 
     steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)
-    samplers = {number: partial(fgm.sample_ode, teacher, steps=number) for number in steps}
+    samplers = {report.teacher_title(n): partial(fgm.sample_ode, teacher, steps=n) for n in steps}
     rows = score(args, scorer, samplers | {"one step": generator}, draw, len(real.classes), out)
     seconds["scores"] = time.perf_counter() - began
     if scorer:
         write_results(args, about, scorer, rows, defect, seconds, out)
-        print_results(args, scorer, rows, defect, seconds, out)
 
 
 # ---- Scores ------------------------------------------------------------------------------------------------
@@ -391,94 +365,52 @@ def main():
 def score(args, scorer, samplers, draw, classes, out):
     """Draw from all samplers with the same seeds, and write a picture of each. A collective call.
 
-    samplers: {steps of the teacher, or "one step": sampler}; draw: images.draw_images without what is the
+    samplers: {"teacher, 50 steps", ..., "one step": sampler}; draw: images.draw_images without what is the
     same for all; scorer: None but on the first process. Returns {the same name: {score: value}}, there."""
     rows, grids = {}, {}
     for name, sampler in samplers.items():
         began = time.perf_counter()
-        pixels, labels = draw(sampler, args.samples, title=f"scoring: {row_title(name)}")
+        pixels, labels = draw(sampler, args.samples, title=f"scoring: {name}")
         seconds = time.perf_counter() - began
         grid, _ = draw(sampler, min(100, args.samples), classes=range(classes))  # to be looked at
         if scorer:
-            grids[row_title(name)] = grid
+            grids[name] = grid
             rows[name] = scorer.of(pixels, labels) | {"seconds": seconds}
-            if args.hold_out and name in (50, "one step"):
+            if args.hold_out and name in ("teacher, 50 steps", "one step"):
                 rows[name] |= scorer.copies(pixels)
     images.save_samples(out, grids)
     return rows
 
 
-def row_title(name):
-    """What a sampler is called in table and pictures: "one step", "teacher, 50 steps"."""
-    if name == "one step":
-        return name
-    return "teacher, 1 step" if name == 1 else f"teacher, {name} steps"
-
-
-COLUMNS = {  # of the table: {score: (heading, format)}
-    "fid": ("FID", ".4f"),
-    "judge_frechet": ("judge Frechet distance", ".4f"),
-    "pixel_frechet": ("pixel Frechet distance", ".4f"),
-    "accuracy": ("accuracy", ".2%"),
-    "worst_class": ("worst class", ".2%"),
-    "to_trained": ("to trained", ".4f"),
-    "to_held_out": ("to held out", ".4f"),
-    "copy_ratio": ("copy ratio", ".3f"),
-    "seconds": ("seconds", ".1f"),
-}
-
-
-def heading(args, score):
+def score_title(args, score):
     """What a score is called; FID is that of 50,000 samples or more alone."""
-    if score == "fid" and args.samples < 50_000:
-        return f"fid-{args.samples / 1000:g}k"
-    return COLUMNS[score][0]
+    if score == "fid":
+        return "FID" if args.samples >= 50_000 else f"fid-{args.samples / 1000:g}k"
+    if score == "noise":
+        return "+- of the first"  # what another draw of the samples would move the first distance by
+    return score.replace("_frechet", " Frechet distance")
 
 
 def write_results(args, about, scorer, rows, defect, seconds, out):
-    """config.json and metrics.json."""
-    main = "fid" if args.fid else scorer.main
+    """Write config.json and metrics.json, and print the table."""
+    main, pixels = "fid" if args.fid else scorer.main, scorer.real.pixels
     metrics = {
-        "metric": heading(args, main), "samples": args.samples,
-        "against": f"{len(scorer.real.pixels)} training images of {args.data}",
+        "metric": score_title(args, main), **report.metrics_of(rows, main, args.samples, defect, seconds),
+        "against": f"{len(pixels)} training images of {args.data}",
         "labels": "drawn as often as the data has each class" if args.cond else "none",
         "detector": "torch-fidelity Inception-v3" if args.fid else scorer.detector,
-        "teacher": {str(name): row[main] for name, row in rows.items() if name != "one step"},
-        "one_step": rows["one step"][main],
         "noise_floor": scorer.of_data, "noise_floor_of": scorer.data_title,
-        "rows": {str(name): row for name, row in rows.items()}, "seconds": seconds,
     }
-    run.write_results(out, about | {"settings": vars(args) | {"out": str(out)}}, metrics | defect)
+    run.write_results(out, about | {"settings": vars(args) | {"out": str(out)}}, metrics)
 
-
-def print_results(args, scorer, rows, defect, seconds, out):
-    """The table of scores. After the main distance: what another draw of the samples would move it by."""
-    pixels = scorer.real.pixels
     data = f"{args.data} (conditional)" if args.cond else args.data
     print(f"{data}: {args.samples:,} samples against {len(pixels):,} training images of "
           f"{pixels.shape[-1]}x{pixels.shape[-1]}")
-
-    names = [name for name in COLUMNS if name in rows["one step"]]
-    table = [["", *(heading(args, name) for name in names)]]
-    lines = {scorer.data_title: scorer.of_data} | {row_title(name): row for name, row in rows.items()}
-    for title, row in lines.items():
-        cells = [title]
-        for name in names:
-            cell = "" if row.get(name) is None else f"{row[name]:{COLUMNS[name][1]}}"
-            if name == scorer.main and row.get("noise") is not None:
-                cell += f" +- {row['noise']:.4f}"
-            cells.append(cell)
-        table.append(cells)
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(table[0]))]
-    for first, *others in table:
-        numbers = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-        print("  " + "   ".join([f"{first:{widths[0]}}", *numbers]))
-
-    if defect:
-        print(f"  the teacher's defect, 0 for a flow's velocity: {defect['teacher_defect']:.3f} +- "
-              f"{defect['teacher_defect_error']:.3f}")
-    print("  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-          + f"; pictures and metrics.json in {out}")
+    table = {scorer.data_title: scorer.of_data} | rows
+    report.print_scores({
+        title: {score_title(args, score): value for score, value in row.items()}
+        for title, row in table.items()})
+    report.print_end(defect, seconds, out)
 
 
 if __name__ == "__main__":

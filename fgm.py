@@ -309,9 +309,9 @@ class Guided(nn.Module):
 
 # ---- Errors from inside a network, in plain words ----------------------------------------------------------
 
-CUT_OFF = ("a network's gradients are cut off: there must be no torch.no_grad or detach inside, and "
-           "activation checkpointing must be that of torch.utils.checkpoint with use_reentrant=False")
-DTYPES = "samples, conditions and weights differ in dtype or device: make all float32, on one device"
+CUT_OFF = ("a network's gradients are cut off: it must have no torch.no_grad or detach inside, and "
+           "activation checkpointing must be off, or that of torch.utils.checkpoint with use_reentrant=False")
+DTYPES = "samples, conditions and weights must be float32, on one device"
 ADVICE = {  # by what torch says from deep inside a pass
     "use_reentrant=True": CUT_OFF, "None of the inputs have requires_grad": CUT_OFF,
     "does not require grad": CUT_OFF, "same dtype": DTYPES, "should be the same": DTYPES,
@@ -415,6 +415,9 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                     x0 = generator(z[rows], **cond)
                 if step == update == i == 0:
                     check_scale("what the generator makes", x0)
+                    if not last:  # tried now, so that a teacher's fault is found before the flow has moved
+                        shared_backward(teacher, flow, x0, inputs, weight)
+                        flow.zero_grad(set_to_none=False)
 
                 if not last:
                     _, losses = flow_gradients(flow, x0, inputs, extra)
@@ -502,7 +505,8 @@ def separate_gradients(teacher, flow, x0, inputs, l1_weight, weight, extra):
         with frozen(flow, extra):
             with inputs.autocast:
                 extra_loss = extra.generator_loss(flow, leaf, inputs.seeds, inputs.cond)
-            gradient = gradient + torch.autograd.grad(extra_loss.mean(), leaf)[0]
+            if extra_loss.requires_grad:  # not where extra teaches the flow alone
+                gradient = gradient + torch.autograd.grad(extra_loss.mean(), leaf)[0]
         losses |= detached(extra=extra_loss)
     return gradient, losses
 
@@ -577,9 +581,10 @@ class Learner:
         self.module, self.lr, self.clip, self.ema_decay = module, lr, clip, ema_decay
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.updates = 0
-        if {p.dtype for p in self.parameters.values()} not in ({torch.float32}, {torch.float64}):
-            raise InputError(f"a network in training, a {type(module).__name__} here, needs trainable "
-                             "parameters, all in float32: bfloat16 weights would not move at such rates")
+        dtypes = {p.dtype for p in self.parameters.values()}
+        if dtypes not in ({torch.float32}, {torch.float64}):
+            raise InputError(f"a {type(module).__name__} in training needs trainable parameters, all in "
+                             f"float32 (others are too coarse for small steps), and has {dtypes or 'none'}")
         if world_size() > 1:
             for value in replicated([*module.parameters(), *module.buffers()]):
                 dist.broadcast(value.detach(), 0)
@@ -699,6 +704,8 @@ def chosen_by(seeds, name, function):
 
     if name == "data" and not (isinstance(chosen, tuple) and len(chosen) == 2):
         raise InputError("data(seeds) must return (x0, cond): a tensor [B, ...] and a dict, {} for none")
+    if name == "data" and (not torch.is_tensor(chosen[0]) or chosen[0].shape[:1] != seeds.shape):
+        raise InputError(f"data(seeds) must give x0 as a tensor with one row for each seed, {len(seeds)}")
     cond = chosen[1] if name == "data" else chosen
     if not isinstance(cond, dict):
         raise InputError(f"{name}(seeds) must give conditions as a dict, not a {type(cond).__name__}")
@@ -731,9 +738,15 @@ def replicated(tensors):
 
 
 def precision_of(net, x):
-    """The context of a network's pass: autocast to bfloat16 or float16, if some of its weights are that."""
+    """The context of a network's pass: autocast to bfloat16 or float16, if some of its weights are that.
+
+    Raises InputError where weights and x are float32 and float64."""
     parameters = net.parameters() if isinstance(net, nn.Module) else ()
-    low = {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}
+    dtypes = {p.dtype for p in parameters}
+    if len(dtypes) == 1 and dtypes | {x.dtype} == {torch.float32, torch.float64}:
+        raise InputError(f"a {type(net).__name__} with weights in {dtypes.pop()} was given samples in "
+                         f"{x.dtype}: make both float32, by net.float() or x.float()")
+    low = dtypes & {torch.bfloat16, torch.float16}
     return torch.autocast(x.device.type, low.pop(), cache_enabled=False) if low else nullcontext()
 
 

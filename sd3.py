@@ -26,7 +26,6 @@ FGM draws t from are --t-flow and --t-generator):
 
 import argparse
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from text2image.pipeline import empty_network, find_model, free_memory
 from text2image.prompts import cached_embeddings, digest_of, find_prompts, read_json_lines, text_of
 from text2image.real import cached_latents, load_real
 from text2image.transformer import largest_rank, networks
-from training import checkpoint, files, flags, processes, run
+from training import checkpoint, files, flags, processes, report, run
 from training.files import open_folder
 from training.flags import COUNT, Setting
 from training.gan import GAN
@@ -85,8 +84,9 @@ FLAGS = {  # by their group in --help
                                     "works with the scheduler of OUT/pipeline alone", metavar="RANK"),
         "guidance": Setting(float, "[1, 1000]", "classifier-free guidance of the teacher; 1: none"),
         "kimg": Setting(float, flags.POSITIVE, "thousand images to distil with"),
-        **flags.DISTILLATION_FLAGS,
+        **flags.EVERYDAY_FLAGS,
     },
+    "advanced": flags.ADVANCED_FLAGS,
     "GAN (appendix B.2)": {
         "real": Setting(flags.path, None, "real images with captions in metadata.jsonl, metadata.csv or "
                                           "NAME.txt; turns the GAN on", metavar="DIR"),
@@ -94,8 +94,9 @@ FLAGS = {  # by their group in --help
         "gan_discriminator": Setting(float, "[0, 1e9]", "weight in the flow's loss, both per element"),
     },
     "scores, and drawing samples from a finished run": {
-        "samples": Setting(int, "[2, 1e9]", "images drawn for the scores"),
-        "sample": Setting(str, None, "draw images of PROMPT from the run in OUT", metavar="PROMPT"),
+        "samples": Setting(int, "[2, 1e9]", "images scored"),
+        "sample": Setting(str, None, "draw images of PROMPT from a finished run instead of training",
+                          metavar="PROMPT"),
         "n": Setting(int, "[1, 1e6]", "number of images for --sample"),
         "ode_steps": Setting(int, COUNT, "draw from the run's teacher in K steps with guidance", metavar="K"),
         "geneval": Setting(flags.path, None, "draw 4 images per prompt into OUT/geneval, laid out for "
@@ -290,30 +291,15 @@ def make_draw(args, source, embeddings, device, dtype):
     return draw
 
 
-DEFECT_TIMES = (0.2, 0.5, 0.8, 0.95)  # over all t, what is wrong may average to 0
+def check_teacher(args, source, teacher, embeddings, draw, device, dtype):
+    """report.teacher_defect of the teacher without guidance, on a few of its own samples.
 
-
-def teacher_defect(args, source, teacher, embeddings, draw, device, dtype):
-    """{"t", "value", "standard_error"} of fgm.defect for the teacher without guidance, on a few of its own
-    samples, at the one of DEFECT_TIMES where it is furthest from 0; a warning if it is no flow's velocity.
-
-    A guided velocity is no mean and cannot be told so. A collective call."""
-    n, defects = 32 if is_miniature(source.folder) else 4, []
-    torch.manual_seed(args.seed)
+    A guided velocity is no mean and cannot be told so."""
+    n = 32 if is_miniature(source.folder) else 4
     x0 = draw(partial(fgm.sample_ode, teacher.net, steps=28), n)
     cond = embeddings(torch.arange(n) * len(source.prompts) // n)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
-        for t in DEFECT_TIMES:
-            value, error = fgm.defect(teacher.net, x0, t, **cond)
-            defects.append({"t": t, "value": value, "standard_error": error})
-    worst = max(defects, key=lambda defect: abs(defect["value"]))
-
-    suspicious = abs(worst["value"]) > max(0.3, 5 * worst["standard_error"])
-    if suspicious and fgm.process_rank() == 0:
-        print(f"warning: the defect of {args.model} is {worst['value']:.2f} at t = {worst['t']}; a flow's "
-              "velocity has 0. Usual causes: its training paired noise with data (OT-CFM, rectified flow), "
-              "its velocity has the opposite sign, or its t runs the other way.", file=sys.stderr)
-    return worst
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return report.teacher_defect(args.model, teacher.net, x0, args.seed, **cond)
 
 
 def make_run(args, source, teacher, draw, dtype, out):
@@ -366,32 +352,15 @@ def score(args, source, device, dtype, out):
     return rows
 
 
-def print_table(rows):
-    """{sampler: {score: value}} as a Markdown table."""
-    scores = list(rows["one step"])
-    print("| | " + " | ".join(name.replace("_", " ") for name in scores) + " |")
-    print("|---" * (len(scores) + 1) + "|")
-    for name, row in rows.items():
-        print(f"| {name} | " + " | ".join(f"{row[score]:.4g}" for score in scores) + " |")
-
-
-def report(args, rows, coefficients, defect, seconds, out):
+def write_results(args, rows, coefficients, defect, seconds, out):
     """Write config.json and metrics.json, and print the table."""
     metric = "pixel_frechet" if "pixel_frechet" in rows["one step"] else "seconds_per_image"
-    teacher = {"1": rows["teacher, 1 step"][metric], "28": rows["teacher, 28 steps"][metric]}
-    metrics = {
-        "metric": metric, "samples": args.samples, "teacher": teacher, "one_step": rows["one step"][metric],
-        "rows": rows, "seconds": seconds}
-    print(f"{args.model}: {args.samples} samples; {metric} of one step: {rows['one step'][metric]:.4f}")
-    print_table(rows)
-    if defect:
-        metrics["defect"] = defect
-        value, error = defect["value"], defect["standard_error"]
-        print(f"defect of the teacher without guidance: {value:.3f} +- {error:.3f} at t = {defect['t']} "
-              "(a flow's velocity has 0)")
+    metrics = {"metric": metric, **report.metrics_of(rows, metric, args.samples, defect, seconds)}
     run.write_results(out, {"generator": coefficients, "settings": vars(args)}, metrics)
-    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"{spent}; pipeline, pictures and metrics.json in {out}")
+
+    print(f"{args.model}: {args.samples} samples")
+    report.print_scores(rows)
+    report.print_end(defect, seconds, out)
 
 
 # ---- The command -------------------------------------------------------------------------------------------
@@ -419,10 +388,9 @@ def main():
     teacher, generator, flow, gan = make_networks(args, source, embeddings.null, real, device, bf16)
     draw, defect = make_draw(args, source, embeddings, device, dtype), None
     if args.model != PAPER["model"]:
-        defect = teacher_defect(args, source, teacher, embeddings, draw, device, dtype)
+        defect = check_teacher(args, source, teacher, embeddings, draw, device, dtype)
     if args.compile:
-        for net in (teacher, generator.net, flow):
-            net.compile()
+        processes.compile_networks(teacher, generator.net, flow)
     _, distill_seconds = fgm.distill(
         teacher, generator, flow, source.shape, eps=1e-6, extra=gan,
         conditions=lambda seeds: embeddings(seeds % len(source.prompts)),
@@ -444,7 +412,7 @@ def main():
         began = time.perf_counter()
         rows = score(args, source, device, dtype, out)
         seconds = {"distillation": distill_seconds, "scores": time.perf_counter() - began}
-        report(args, rows, coefficients, defect, seconds, out)
+        write_results(args, rows, coefficients, defect, seconds, out)
 
 
 if __name__ == "__main__":

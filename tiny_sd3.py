@@ -27,11 +27,11 @@ from images.data import save_grid, to_uint8
 from text2image.digits import PROMPTS, SIZE, captions, digits_to_train_on, judge
 from text2image.pipeline import UNFINISHED, draw, quiet, text_embeddings
 from text2image.transformer import SD3Velocity
-from training import flags
+from training import flags, report
 from training.files import open_folder, write_json
 from training.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
 from training.progress import bar, batches
-from training.run import command
+from training.run import command, with_sum
 
 TRANSFORMER = dict(
     sample_size=4, patch_size=1, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2,
@@ -164,12 +164,13 @@ def save_images(digits, folder):
 FLAGS = {
     "out": Setting(flags.path, None, "output folder"),
     "overwrite": Setting(bool, None, "replace the pipeline in OUT"),
-    "hold_out": Setting(bool, None, "train on four fifths of the digits; sd3.py then tells copies"),
+    "hold_out": Setting(bool, None, "train on four fifths of the digits; sd3.py then reports whether samples "
+                               "are copies"),
     "vae_steps": Setting(int, COUNT, "training steps of the VAE"),
     "kimg": Setting(float, flags.POSITIVE, "thousand images to train the transformer on"),
     "batch": Setting(int, "[1, 1e6]", "of the transformer's training"),
     "lr": Setting(float, flags.POSITIVE, "learning rate of the transformer"),
-    "samples": Setting(int, "[2, 1e6]", "images judged"),
+    "samples": Setting(int, "[2, 1e6]", "images scored"),
     "seed": RUN_FLAGS["seed"],
 }
 DEFAULTS = dict(out="runs/tiny-sd3", vae_steps=300, kimg=96.0, batch=32, lr=1e-2, samples=240, seed=0)
@@ -203,7 +204,7 @@ def main():
         description="Build and train a miniature Stable Diffusion 3 pipeline on captioned digits.")
     add_flags(parser.add_argument, FLAGS)
     args = parser.parse_with(lambda given: DEFAULTS)
-    out, began = Path(args.out), time.perf_counter()
+    out = Path(args.out)
     unfinished = out / UNFINISHED
     if (out / "model_index.json").exists() and not unfinished.exists() and not args.overwrite:
         raise InputError(f"{out} holds a pipeline already; --overwrite replaces it")
@@ -214,13 +215,12 @@ def main():
 
     # Draw from the saved pipeline, and judge.
     prompts = (PROMPTS * math.ceil(args.samples / len(PROMPTS)))[: args.samples]
-    started, cpu = time.perf_counter(), torch.device("cpu")
+    began, cpu = time.perf_counter(), torch.device("cpu")
     images, _ = draw(out, prompts, 28, 4.0, (SIZE, SIZE), cpu, torch.float32, args.seed, title="scoring")
     images = torch.stack(list(images))
     following, distance = judge(images, prompts)
     save_grid(out / "samples.png", images[:: len(images) // 64 or 1][:64])
-    ended = time.perf_counter()
-    seconds |= {"scores": ended - started, "all": ended - began}
+    seconds = with_sum(seconds | {"scores": time.perf_counter() - began})
     scores = {"vae_rms": rms, "following": following, "pixel_frechet": distance, "samples": len(images)}
     write_json(out / "tiny_sd3.json", scores | {"seconds": seconds, "settings": vars(args)})
     unfinished.unlink()
@@ -228,8 +228,7 @@ def main():
     print(f"miniature SD3, {parameters:,} parameters in the transformer; "
           f"28 steps, guidance 4, {len(images)} samples")
     print(f"VAE, rms error {rms:.4f}; prompt followed {following:.1%}; pixel Frechet distance {distance:.4f}")
-    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"{spent}; pictures in {out}/samples.png")
+    print(f"{report.spent(seconds)}; pictures in {out}/samples.png")
 
 
 if __name__ == "__main__":

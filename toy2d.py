@@ -1,8 +1,8 @@
 """The 2-D suite: five data sets, a small velocity network, the energy distance.
 
-    python toy2d.py                                # 8 Gaussians: train a teacher, distil it, score both
-    python toy2d.py --data checkerboard --movie    # or moons, spiral, rings; with movie.gif
-    python toy2d.py --data all                     # all five, one table
+    python toy2d.py                                # rings: train a teacher, distil it, score both
+    python toy2d.py --data checkerboard --movie    # or moons, spiral, 8gaussians (the hard one); with a movie
+    python toy2d.py --data all                     # all five, a table each
     python toy2d.py --l1-weight 0 --out runs/l2    # the paper's practice on images: L2 alone
     torchrun --nproc-per-node 2 toy2d.py           # the same run, sharded over two processes
 
@@ -24,6 +24,7 @@ from training import flags
 from training.flags import Setting
 from training.processes import compile_networks, setup, shard
 from training.progress import bar, make_scorer
+from training.report import spent, teacher_title
 from training.run import command, fingerprint_of, folder_run, save_weights, with_sum, write_results
 
 # ---- Network and distance ----------------------------------------------------------------------------------
@@ -85,18 +86,28 @@ DEFAULTS = dict(
     teacher_steps=3000, teacher_lr=4e-3, teacher_t=(0.0, 1.2), steps=5000, batch=768, lr=1e-3, flow_lr=4e-3,
     lr_warmup=100, lr_decay=2 / 3, clip=1.0, ema=0.998, t_star=0.5, c_in=1.0, c_skip=1.0, l1_weight=1.0,
     weight="noise", t_generator=(0.5, 2.0), t_flow=(0.5, 2.0), loss_scale=1.0, flow_updates=1,
-    samples=50_000, save_every=1000, log_every=100, picture_every=500, device="cpu",
+    samples=50_000, save_every=1000, log_every=100, picture_every=500, device="cpu", data="rings",
 )
-FLAGS = {
-    "data": Setting(str, [*DATA, "all"], "what the teacher learns; all: each in turn, in OUT/DATA"),
-    "out": Setting(flags.path, None, "output folder (default: runs/DATA)"),
-    "teacher_steps": Setting(int, flags.COUNT, "training steps of the teacher"),
-    **flags.TEACHER_FLAGS,
-    "steps": Setting(int, flags.COUNT, "distillation steps"),
-    "samples": Setting(int, "[2, 1e6]", "samples that each distance is measured on"),
-    "movie": Setting(bool, None, "write movie.gif, the generator's samples over training"),
+FLAGS = {  # by their group in --help
+    "data, teacher and scores": {
+        "data": Setting(str, [*DATA, "all"], "what the teacher learns; 8gaussians is the hard one; all: each "
+                                             "in turn, in OUT/DATA"),
+        "teacher_steps": Setting(int, flags.COUNT, "training steps of the teacher"),
+        **flags.TEACHER_FLAGS,
+        "samples": Setting(int, "[2, 1e6]", "samples that each distance is measured on"),
+    },
+    "run": {
+        "out": Setting(flags.path, None, "output folder (default: runs/DATA)"),
+        **flags.RUN_FLAGS,
+        "device": Setting(str, None, "cpu or cuda; a GPU is no faster here"),
+        "movie": Setting(bool, None, "write movie.gif, the generator's samples over training"),
+    },
+    "distillation (Algorithm 1)": {
+        "steps": Setting(int, flags.COUNT, "distillation steps"),
+        **flags.EVERYDAY_FLAGS,
+    },
+    "advanced": flags.ADVANCED_FLAGS,
 }
-DEVICE_FLAG = {"device": Setting(str, None, "cpu or cuda (no faster: a step is 540 small kernels)")}
 TRAINING_SAMPLES = 200_000
 SCORED = 20_000  # samples at most of a score in the log
 ODE_STEPS = (1, 2, 5, 10, 50)
@@ -106,11 +117,9 @@ HEUN_STEPS = 25  # 49 evaluations
 def arguments():
     about = "Distil a 2-D flow model into a one-step generator (FGM, arXiv 2410.19310)."
     parser = flags.Parser(prog="toy2d.py", description=about)
-    flags.add_flags(parser.add_argument, FLAGS)
-    flags.add_flags(parser.add_argument_group("run").add_argument, flags.RUN_FLAGS | DEVICE_FLAG)
-    group = parser.add_argument_group("distillation (Algorithm 1)")
-    flags.add_flags(group.add_argument, flags.DISTILLATION_FLAGS)
-    return parser.parse_with(lambda given: DEFAULTS | {"data": "8gaussians"})
+    for title, settings in FLAGS.items():
+        flags.add_flags(parser.add_argument_group(title).add_argument, settings)
+    return parser.parse_with(lambda given: DEFAULTS)
 
 
 def main():
@@ -124,21 +133,12 @@ def main():
 
     # All folders are locked before the first run starts.
     runs = {name: folder_run(args, folder, unit="steps") for name, folder in folders.items()}
-    metrics = {}
     for name, run in runs.items():
-        metrics[name] = train_and_score(args, name, device, run)
-
-    if fgm.process_rank() > 0:
-        return
-    if args.data == "all":
-        write_results(out, {"settings": vars(args)}, {"metric": "energy distance", "data": metrics})
-        print_summary(metrics, args.samples)
-    else:
-        print_table(args.data, metrics[args.data], out)
+        train_and_score(args, name, device, run)
 
 
 def train_and_score(args, name, device, run):
-    """Train a teacher of the data set, distil it, score both. Returns the metrics (on the first process)."""
+    """Train a teacher of the data set, distil it, score both."""
     torch.manual_seed(args.seed)
     net = VelocityMLP().to(device)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
@@ -166,7 +166,7 @@ def train_and_score(args, name, device, run):
     save_weights(teacher, run.out / "teacher.safetensors")
     save_weights(generator.net, run.out / "generator.safetensors")
     seconds = {"teacher": teacher_seconds, "distillation": distillation_seconds}
-    return score(args, name, device, teacher, generator, seconds, run.out)
+    score(args, name, device, teacher, generator, seconds, run.out)
 
 
 def make_picture(args, name, data, teacher, out):
@@ -187,9 +187,9 @@ def make_picture(args, name, data, teacher, out):
 
 
 def score(args, name, device, teacher, generator, seconds, out):
-    """Draw from teacher and generator with the same noise, write scores and pictures. Returns the metrics.
+    """Draw from teacher and generator with the same noise, write scores and pictures, print the table.
 
-    seconds: {phase: seconds} so far. Every process draws; None on all but the first."""
+    seconds: {phase: seconds} so far. Every process draws; the first alone scores."""
     began = time.perf_counter()
     test = toy_data(name, args.samples, args.seed + 1)
     z = fgm.Draws(args.samples * fgm.world_size(), device, args.seed, fgm.SCORES).normal((2,))
@@ -200,7 +200,7 @@ def score(args, name, device, teacher, generator, seconds, out):
         slow = seconds_to_draw(lambda: fgm.sample_ode(teacher, z[:10_000], 50), 3)
         fast = seconds_to_draw(lambda: generator(z[:10_000]), 21)
     if fgm.process_rank() > 0:
-        return None
+        return
 
     floors = [energy_distance(toy_data(name, args.samples, args.seed + 2 + i), test) for i in range(5)]
     metrics = {
@@ -225,7 +225,7 @@ def score(args, name, device, teacher, generator, seconds, out):
         "network": {"dim": 2, "width": 128, "depth": 4, "freqs": 32, "times": 8},
     }
     write_results(out, config, metrics)
-    return metrics
+    print_table(name, metrics, out)
 
 
 def seconds_to_draw(draw, repeats):
@@ -244,30 +244,17 @@ def print_table(name, metrics, out):
     """The scores of one data set, a row each."""
     rows = {"data against data (floor, rms of 5)": metrics["noise_floor"]}
     for steps, value in metrics["teacher"].items():
-        label = "teacher, 1 step" if steps == "1" else f"teacher, {steps} steps"
-        rows[label] = value
-    for steps, value in metrics["teacher_heun"].items():
-        rows[f"teacher, {steps} Heun steps"] = value
+        rows[teacher_title(int(steps))] = value
+    rows[f"teacher, {HEUN_STEPS} Heun steps"] = metrics["teacher_heun"][str(HEUN_STEPS)]
     rows["one-step generator"] = metrics["one_step"]
 
     print(f"{name}: energy distance to the data x 1000, {metrics['samples']:,} samples")
     for label, value in rows.items():
         print(f"  {label:36} {1000 * value:9.3f}")
-    print("  " + ", ".join(f"{phase} {value:.1f} s" for phase, value in metrics["seconds"].items()))
+    print(f"  {spent(metrics['seconds'])}")
     slow, fast = metrics["draw_10000_s"]["50"], metrics["draw_10000_s"]["one_step"]
     print(f"  10,000 samples: {slow:.3f} s with 50 steps, {fast:.4f} s with one, "
           f"{slow / fast:.0f} times faster; see {out}/samples.png")
-
-
-def print_summary(metrics, samples):
-    """The scores of several data sets, {name: metrics}, a row each."""
-    titles = ["floor", *(f"{steps} steps" for steps in ODE_STEPS), f"{HEUN_STEPS} Heun", "one step"]
-    print(f"energy distance to the data x 1000, {samples:,} samples")
-    print(f"{'':13}" + "".join(f"{title:>10}" for title in titles))
-    for name, of_data in metrics.items():
-        teacher = [*of_data["teacher"].values(), *of_data["teacher_heun"].values()]
-        values = [of_data["noise_floor"], *teacher, of_data["one_step"]]
-        print(f"{name:13}" + "".join(f"{1000 * value:10.3f}" for value in values))
 
 
 if __name__ == "__main__":

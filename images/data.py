@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fgm import InputError, per_sample, process_rank, world_size
 from training.files import atomically
 from training.processes import first_process, noise_from, to_device
-from training.progress import bar, batches
+from training.progress import batches
 
 # ---- Pixels and image files --------------------------------------------------------------------------------
 
@@ -40,8 +40,6 @@ def read_image(path):
     from PIL import Image, ImageOps
 
     try:
-        if not Path(path).is_file():
-            raise ValueError("it is not a regular file")
         with Image.open(path) as image:
             # A photograph in MPO format holds itself and previews.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
@@ -63,22 +61,20 @@ def save_grid(path, images, columns=10, titles=(), least=600):
 
     They are enlarged without blur, by a whole factor, until the rows are `least` pixels wide or more. titles:
     one for each row, written at its left."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import ImageDraw, ImageFont, ImageOps
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
 
-    n, _, h, w = images.shape
-    columns = min(columns, n)
-    rows = math.ceil(n / columns)
-    zoom = math.ceil(least / (columns * w))
-    h, w, gap = h * zoom, w * zoom, max(2, w * zoom // 16)
+    columns = min(columns, len(images))
+    zoom = math.ceil(least / (columns * images.shape[3]))
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    h, w = images.shape[2:]
+    gap = max(2, w // 16)
+    canvas = to_pil_image(make_grid(images, columns, gap, pad_value=255))  # uint8 [3, H, W]
 
     font = ImageFont.load_default(16)
     margin = math.ceil(max((font.getlength(title) + 2 * gap for title in titles), default=0))
-    canvas = Image.new("RGB", (margin + columns * (w + gap) + gap, rows * (h + gap) + gap), "white")
-
-    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, 3]
-    for i, image in enumerate(pixels.numpy()):
-        corner = margin + gap + i % columns * (w + gap), gap + i // columns * (h + gap)
-        canvas.paste(Image.fromarray(image).resize((w, h), Image.Resampling.NEAREST), corner)
+    canvas = ImageOps.expand(canvas, (margin, 0, 0, 0), "white")
     for i, title in enumerate(titles):
         middle = gap + i * (h + gap) + h // 2
         ImageDraw.Draw(canvas).text((gap, middle), title, "black", font, "lm")
@@ -201,12 +197,8 @@ def image_files(folder, suffixes=IMAGE_SUFFIXES):
     files, other_files = [], []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if any(passed_over(part) for part in (inside, *inside.parents)):
-            continue
-        if path.suffix.lower() in suffixes:
-            files.append(path)
-        elif path.is_file():
-            other_files.append(path)
+        if not path.is_dir() and not any(passed_over(part) for part in (inside, *inside.parents)):
+            (files if path.suffix.lower() in suffixes else other_files).append(path)
 
     if other_files and process_rank() == 0:
         print(f"{len(other_files)} files in {folder} are of other kinds and left out, {other_files[0]} the "
@@ -224,29 +216,26 @@ def image_folder(root, resolution):
         raise InputError(f"{root} has no sub-folders; it needs one a class, with the images inside")
 
     paths, labels = [], []
-    with bar(f"listing {root}"):
-        for label, folder in enumerate(folders):
-            files = image_files(folder)
-            if not files:
-                raise InputError(f"{root} has no images in its sub-folder {folder.name}")
-            paths += files
-            labels += [label] * len(files)
+    for label, folder in enumerate(folders):
+        files = image_files(folder)
+        if not files:
+            raise InputError(f"{root} has no images in its sub-folder {folder.name}")
+        paths += files
+        labels += [label] * len(files)
     classes = [folder.name for folder in folders]
     if process_rank() == 0:
         print(f"{len(paths):,} images of {len(classes)} classes in {root}: {', '.join(classes)}"[:500])
 
     pixels = []
-    with bar(f"reading {root}", len(paths)) as progress:
-        for path in paths:
-            image = read_image(path)
-            if resolution:
-                image = central_square(image, resolution)
-            side = pixels[0].shape[0] if pixels else image.width
-            if image.size != (side, side):
-                raise InputError(f"{path} is {image.width}x{image.height}, not {side}x{side}; "
-                                 "--resolution R makes all images one size")
-            pixels.append(np.asarray(image))
-            progress.update()
+    for i in batches(len(paths), 1, f"reading {root}"):
+        image = read_image(paths[i])
+        if resolution:
+            image = central_square(image, resolution)
+        side = pixels[0].shape[0] if pixels else image.width
+        if image.size != (side, side):
+            raise InputError(f"{paths[i]} is {image.width}x{image.height}, not {side}x{side}; "
+                             "--resolution R makes all images one size")
+        pixels.append(np.asarray(image))
     return Images(channels_first(np.stack(pixels)), torch.tensor(labels), classes)
 
 

@@ -191,13 +191,11 @@ class NetworkJudge:
     """A judge_network that tells the classes of real images apart (of at most 32x32 pixels; larger ones are
     averaged to that).
 
-    about: what it was trained on, as its file says. own_accuracy: measured on the tenth of the images that it
-    was not trained on."""
+    own_accuracy: measured on the tenth of the images that it was not trained on."""
 
     def __init__(self, images, device):
         channels, resolution = images.pixels.shape[1:3]
         self.device, self.side, self.own_accuracy = device, min(resolution, 32), None
-        self.about = {"classes": images.classes, "images": images.fingerprint()}
         self.net = judge_network(channels, self.side, len(images.classes)).to(device).eval()
 
     @staticmethod
@@ -207,16 +205,12 @@ class NetworkJudge:
 
     @classmethod
     def load(cls, path, images, device):
-        """The judge in a file. Raises InputError if it is damaged, or of other images or classes."""
+        """The judge in a file. Raises InputError if it is damaged, or of other shapes."""
         from safetensors import safe_open
 
         judge = cls(images, device)
         with refusals(path, "judge of cifar.py"), safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["judge"])
-            for name, value in judge.about.items():
-                if about[name] != value:
-                    raise InputError(f"it was trained for other {name}; remove it, or name another --out")
-            judge.own_accuracy = about["own_accuracy"]
+            judge.own_accuracy = json.loads(file.metadata()["judge"])["own_accuracy"]
             judge.net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
         return judge
 
@@ -262,8 +256,7 @@ class NetworkJudge:
 
     def save(self, path):
         state = {name: value.cpu().contiguous() for name, value in self.net.state_dict().items()}
-        about = self.about | {"own_accuracy": self.own_accuracy}
-        save_tensors(state, path, {"judge": json.dumps(about)})
+        save_tensors(state, path, {"judge": json.dumps({"own_accuracy": self.own_accuracy})})
 
     @torch.no_grad()
     def features(self, pixels):
@@ -296,10 +289,8 @@ def inception(weights, device):
         return create_feature_extractor("inception-v3-compat", ["2048"], cuda=device.type == "cuda",
                                         verbose=False, feature_extractor_weights_path=weights)
     except Exception as error:  # a foreign file can fail in any way at all
-        fault = "the Inception weights cannot be downloaded; give --inception-weights FILE"
-        if weights:
-            fault = f"the Inception weights {weights} cannot be used"
-        raise InputError(f"no FID: {fault} ({reason(error)})") from error
+        raise InputError(f"no FID: cannot load the Inception weights from {weights or 'the network'} "
+                         f"({reason(error)}); --inception-weights names a file") from error
 
 
 @torch.no_grad()

@@ -21,12 +21,10 @@ def draw_panels(path, panels):
     """Scatter plots, and below each but the data's a map of its density less the data's, on one scale.
 
     panels: {title: samples [N, 2]}, the data first."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(panels), figsize=(3 * len(panels), 6.4), layout="constrained")
+    figure = Figure(figsize=(3 * len(panels), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(panels))
     data = histogram(next(iter(panels.values())))
     scale = data.max().item() / 2
     for (above, below), (title, x) in zip(axes.T, panels.items(), strict=True):
@@ -39,7 +37,6 @@ def draw_panels(path, panels):
     axes[1, 0].set(xlabel="density; right of it, the error\n(red: too much, blue: too little)")
     with atomically(path) as temporary:
         figure.savefig(temporary, dpi=80)
-    plt.close(figure)
 
 
 def frame_steps(steps):

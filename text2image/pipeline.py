@@ -84,8 +84,6 @@ def check_pipeline(folder, model):
     if scheduler != "FlowMatchEulerDiscreteScheduler":
         raise InputError(f"{model} samples with {scheduler}: "
                          "it is no flow-matching model (v = noise - data), which FGM needs")
-    if empty_network(folder, "vae").config.shift_factor is None:
-        raise InputError(f"{folder / 'vae'} has no shift_factor: it is not SD3's")
 
 
 # ---- Loading its parts -------------------------------------------------------------------------------------

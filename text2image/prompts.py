@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -37,8 +36,8 @@ def read_json_lines(path):
     for line in read_lines(path):
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: every line must be a JSON object ({error}): {line[:80]}") from error
+        except (ValueError, RecursionError):
+            record = None
         if not isinstance(record, dict):
             raise InputError(f"{path}: every line must be a JSON object, got {line[:80]}")
         records.append(record)
@@ -48,7 +47,7 @@ def read_json_lines(path):
 def text_of(record, name, path):
     """The text under a name in a record of the file path. Raises InputError if there is none."""
     text = record.get(name)
-    if not isinstance(text, str) or re.search(r"[\ud800-\udfff]", text):  # half of a surrogate pair
+    if not isinstance(text, str):
         raise InputError(f'{path}: every record must have a text as "{name}", got {str(record)[:80]!a}')
     return text
 
@@ -56,11 +55,8 @@ def text_of(record, name, path):
 def read_prompts(path):
     """The prompts of a text file, one per line, or of a JSON-lines file with a "prompt" or "text" in each.
 
-    Raises InputError if there are none, and for tables: their lines would be prompts, commas and all."""
-    suffix = Path(path).suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        raise InputError(f"{path} is a table: give a text with one prompt a line, or JSON lines (.jsonl)")
-    if suffix in (".jsonl", ".json", ".ndjson"):
+    Raises InputError if there are none."""
+    if Path(path).suffix.lower() in (".jsonl", ".json", ".ndjson"):
         prompts = [text_of(record, "text" if "text" in record else "prompt", path)
                    for record in read_json_lines(path)]
     else:
@@ -128,12 +124,10 @@ def digest_of(content):
 
 
 def file_versions(paths):
-    """What tells whether files have changed, without reading them: [[path, size, time of change], ...]."""
-    versions = []
-    for path in map(Path, paths):
-        status = path.stat()
-        versions.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    return versions
+    """What tells whether files have changed, without reading them: [[path, size, time of change], ...].
+
+    paths: a list of Path."""
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def split_by_file(items):
@@ -147,10 +141,9 @@ def cached_files(cache, title, made_of, parts, load, encode):
 
     What decides a file's content is in its name, so that a file that exists is kept, and what has changed is
     made anew. The processes share the work. A collective call."""
-    cache, paths = open_folder(cache), []
-    for i, (_, key) in enumerate(parts):
-        paths.append(cache / f"{title}-{i:06d}-{digest_of([made_of, key])[:16]}.safetensors")
-
+    cache = open_folder(cache)
+    paths = [cache / f"{title}-{i:06d}-{digest_of([made_of, key])[:16]}.safetensors"
+             for i, (_, key) in enumerate(parts)]
     missing = first_process(lambda: [i for i, path in enumerate(paths) if not path.exists()])
     if missing:
         encoder, processes = load(), fgm.world_size()
@@ -167,19 +160,13 @@ def cached_files(cache, title, made_of, parts, load, encode):
 
 class Rows:
     """Rows of tensors in files of ROWS_PER_FILE, memory-mapped: called with indices [B], gives
-    {name: [B, ...]} on the device. null: the row of the empty prompt, {name: [1, ...]}.
-
-    Raises InputError for damaged files."""
+    {name: [B, ...]} on the device. null: the row of the empty prompt, {name: [1, ...]}."""
 
     def __init__(self, paths, number, device, null=None):
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        self.number, self.device, self.null, self.files = number, device, null, []
-        for path in paths:
-            try:
-                self.files.append(safe_open(path, "pt"))
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{path} is damaged ({error}); remove it, it is made again") from error
+        self.number, self.device, self.null = number, device, null
+        self.files = [safe_open(path, "pt") for path in paths]
 
     def __len__(self):
         return self.number
@@ -201,20 +188,11 @@ def cached_embeddings(folder, prompts, cache, device, dtype):
     guidance, from the first file. The encoders are freed then.
 
     Files that exist are kept if they are of the same prompts, precision, and encoders and tokenizers, which
-    are told by path, size and time of change. Raises InputError for damaged files. A collective call."""
-    lengths = []  # CLIP's longest text, once for each prompt that is longer
-
-    def encode(pipe, texts):
-        longest = pipe.tokenizer.model_max_length
-        lengths.extend(longest for text in texts if len(pipe.tokenizer(text).input_ids) > longest)
-        return text_embeddings(pipe, texts, device, dtype)
-
+    are told by path, size and time of change. A collective call."""
     encoder_files = [*folder.glob("text_encoder*/*"), *folder.glob("tokenizer*/*")]
     made_of = [file_versions(sorted(encoder_files)), str(dtype)]
     parts = [(texts, texts) for texts in ([""], *split_by_file(prompts))]
     first, *paths = cached_files(
-        cache, "prompts", made_of, parts, lambda: load_pipeline(folder, ENCODERS, device, dtype), encode)
-    if lengths:
-        print(f"{len(lengths)} prompts are longer than CLIP's {lengths[0]} tokens and were cut there",
-              file=sys.stderr)
+        cache, "prompts", made_of, parts, lambda: load_pipeline(folder, ENCODERS, device, dtype),
+        lambda pipe, texts: text_embeddings(pipe, texts, device, dtype))
     return Rows(paths, len(prompts), device, null=Rows([first], 1, device)(torch.tensor([0])))

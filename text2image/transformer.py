@@ -36,9 +36,6 @@ class SD3Velocity(nn.Module):
     def compile(self, **settings):
         """torch.compile each block by itself, and each layer around them: checkpointing, the switch between
         adapters, and hooks (FSDP's, keep) stay outside of the graphs."""
-        # A block meets 14 combinations of adapter, gradients and batch; by default dynamo gives up after 8.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        torch._functorch.config.donated_buffer = False  # a graph may be differentiated twice
         for part in (*self.net.children(), *self.net.transformer_blocks):
             if "forward" not in vars(part):  # not compiled yet: two adapters share it
                 part.forward = torch.compile(part.forward, **settings)

@@ -33,10 +33,7 @@ def as_json(value):
             return getattr(value, "__qualname__", type(value).__qualname__)
         raise InputError(f"a checkpoint cannot keep the setting {value!r}: give numbers, texts, lists, dicts")
 
-    try:
-        return json.loads(json.dumps(value, default=default))
-    except TypeError as error:  # of a key
-        raise InputError(f"a checkpoint cannot keep a setting ({error})") from error
+    return json.loads(json.dumps(value, default=default))
 
 
 def state_tensors(learners):

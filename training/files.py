@@ -26,8 +26,6 @@ def atomically(path):
     """A temporary path to write a file to, or a folder that is new; it is renamed to path at the end.
 
     Nothing is left of it if that fails. Raises InputError, naming path, where it cannot be written."""
-    from safetensors import SafetensorError
-
     path = Path(path)
     # The process is in the name because others may write the same file of a cache.
     # The extension stays the last part because it tells PIL the format.
@@ -35,9 +33,8 @@ def atomically(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        message = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {path} ({message}); what was there before is untouched") from error
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error}); what was there before is untouched") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
@@ -68,13 +65,10 @@ def read_json(path):
 
 def save_tensors(tensors, path, metadata=None):
     """Write {name: tensor} as safetensors. metadata: strings for its header."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with atomically(path) as temporary:
-        save_file(tensors, temporary, metadata)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # safetensors lets nobody else read its files
+        temporary.write_bytes(save(tensors, metadata))  # save_file would let nobody else read the file
 
 
 def reason(error):

@@ -1,7 +1,6 @@
 """Command lines: one row a setting, with its type, range and help."""
 
 import argparse
-import numbers
 import os
 import sys
 from typing import NamedTuple
@@ -11,13 +10,7 @@ from fgm import InputError
 
 # What a setting may be: an interval; a tuple of intervals, one for each number of a pair; or a list of words.
 COUNT, POSITIVE, LOGIT_NORMAL = "[1, 1e9]", "(0, 1e9]", ("[-20, 20]", "[0, 20]")
-RANGES = {
-    "seed": "[0, 2147483647]", "precision": ["auto", "fp32", "bf16"],
-    "lr": POSITIVE, "lr_warmup": "[0, 1e9]", "lr_decay": "[0, 1]", "clip": POSITIVE, "ema_decay": "[0, 1)",
-    "t_star": "(0, 1]", "c_in": "(0, 100]", "c_skip": "[0, 100]", "c_out": "(0, 100]",
-    "l1_weight": "[-10, 10]", "t_generator": LOGIT_NORMAL, "t_flow": LOGIT_NORMAL, "loss_scale": POSITIVE,
-    "flow_updates": "[1, 1e3]",
-}
+RANGES = {"ema_decay": "[0, 1)"}
 
 
 def within(number, interval):
@@ -27,38 +20,16 @@ def within(number, interval):
     return low < number < high or at_low or at_high
 
 
-def check_setting(name, value, allowed, whole=False):
-    """Raises InputError unless value, or each number of a pair, is allowed. None (not given) always is."""
-    if value is None:
-        return
-
-    if isinstance(allowed, list):
-        if value not in allowed:
-            raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-    elif isinstance(allowed, tuple):
-        if not isinstance(value, tuple | list) or len(value) != len(allowed) or None in value:
-            raise InputError(f"{name} must be {len(allowed)} numbers, got {value!r}")
-        for number, interval in zip(value, allowed, strict=True):
-            check_setting(name, number, interval, whole)
-
-    else:
-        kind = numbers.Integral if whole else numbers.Real
-        if not isinstance(value, kind) or not within(value, allowed):
-            expected = f"a whole number in {allowed}" if whole else f"in {allowed}"
-            raise InputError(f"{name} must be {expected}, got {value!r}")
-
-
 def path(text):
     """A flag's type: a path, with ~ as the user's folder."""
     return os.path.expanduser(text)
 
 
 class Setting(NamedTuple):
-    """One setting: its type, what it may be (as check_setting takes it), its help.
+    """One setting: its type, what it may be, its help.
 
-    kind: int, float, str, path, bool (a switch), argparse.BooleanOptionalAction, or None for "no_NAME", a
-    flag that unsets NAME. count and metavar are argparse's nargs and metavar."""
+    kind: int, float, str, path, bool (a switch), or argparse.BooleanOptionalAction. count and metavar are
+    argparse's nargs and metavar."""
 
     kind: object
     allowed: object
@@ -67,15 +38,19 @@ class Setting(NamedTuple):
     metavar: object = None
 
     def check(self, name, value):
-        """Raises InputError unless value, or every number of a list, is allowed."""
+        """Raises InputError unless value, or every number of a list, is allowed. None, not given, always is.
+
+        Words are argparse's choices."""
         if value == "":
             raise InputError(f"{name} is empty")
-        if value is None or self.allowed is None:
+        if value is None or self.allowed is None or isinstance(self.allowed, list):
             return
 
-        is_list = self.count is not None and not isinstance(self.allowed, tuple)
-        for number in value if is_list else [value]:
-            check_setting(name, number, self.allowed)
+        numbers = value if self.count else [value]
+        intervals = self.allowed if isinstance(self.allowed, tuple) else [self.allowed] * len(numbers)
+        for number, interval in zip(numbers, intervals, strict=True):
+            if not within(number, interval):
+                raise InputError(f"{name} must be in {interval}, got {number!r}")
 
 
 # ---- The settings that several commands share, everyday ones first -----------------------------------------
@@ -85,39 +60,41 @@ RUN_FLAGS = {
     "resume": Setting(bool, None, "resume OUT even though settings changed"),
     "overwrite": Setting(bool, None, "delete the run in OUT and start again"),
     "device": Setting(str, None, "cpu or cuda (default: cuda if there is one)"),
-    "seed": Setting(int, RANGES["seed"], "seed of the weights and of all random draws"),
+    "seed": Setting(int, "[0, 2147483647]", "seed of the weights and of all random draws"),
     "save_every": Setting(int, COUNT, "steps between checkpoints", metavar="STEPS"),
     "log_every": Setting(int, COUNT, "steps between lines of log.jsonl", metavar="STEPS"),
-    "precision": Setting(str, RANGES["precision"],
-                         "precision of the network passes; auto takes bf16 on a GPU that supports it"),
+    "precision": Setting(str, ["auto", "fp32", "bf16"],
+                         "precision of the passes; auto is bf16 where the GPU has it"),
     "compile": Setting(bool, None, "compile the networks with torch.compile"),
 }
 PICTURE_FLAG = {"picture_every": Setting(int, COUNT, "distillation steps between pictures", metavar="STEPS")}
-DISTILLATION_FLAGS = {
+EVERYDAY_FLAGS = {
     "batch": Setting(int, COUNT, "samples of one step, over all processes"),
-    "micro_batch": Setting(int, COUNT, "samples of one pass; lower it if memory runs out"),
-    "lr": Setting(float, RANGES["lr"], "learning rate of the generator"),
-    "flow_lr": Setting(float, RANGES["lr"], "learning rate of the online flow"),
+    "lr": Setting(float, POSITIVE, "learning rate of the generator"),
+    "flow_lr": Setting(float, POSITIVE, "learning rate of the online flow"),
     "ema": Setting(float, RANGES["ema_decay"], "decay of the generator's moving average", metavar="DECAY"),
-    "no_ema": Setting(None, None, "use the generator's last weights instead of their moving average"),
-    "l1_weight": Setting(float, RANGES["l1_weight"], "weight of L1: 1 is the exact gradient (4.10) and the "
-                         "cheapest, 0 the paper's choice for images, -0.4 SiD's alpha 1.2"),
+    "no_ema": Setting(bool, None, "use the generator's last weights instead of their moving average"),
+    "l1_weight": Setting(float, "[-10, 10]", "weight of L1 in the loss L2 + weight * L1; 1: the exact "
+                         "gradient and the cheapest; 0: the paper's choice on images; -0.4: SiD's "
+                         "alpha of 1.2"),
     "weight": Setting(str, list(WEIGHTS), "weight of a sample in the FGM loss (sid: arXiv 2404.04057)"),
-    "t_star": Setting(float, RANGES["t_star"], "t* of the generator, eq. (B.1)"),
-    "c_in": Setting(float, RANGES["c_in"], "c_in of the generator, eq. (B.1)"),
-    "c_skip": Setting(float, RANGES["c_skip"], "c_skip of the generator, eq. (B.1)"),
-    "c_out": Setting(float, RANGES["c_out"], "c_out of the generator, eq. (B.1) (default: t*)"),
-    "t_generator": Setting(float, RANGES["t_generator"], "t of the FGM loss ~ logit-normal(MEAN, STD)",
-                           2, ("MEAN", "STD")),
-    "t_flow": Setting(float, RANGES["t_flow"], "t of the losses of flow and GAN ~ logit-normal(MEAN, STD)",
-                      2, ("MEAN", "STD")),
-    "lr_warmup": Setting(int, RANGES["lr_warmup"], "steps over which the learning rates rise",
-                         metavar="STEPS"),
-    "lr_decay": Setting(float, RANGES["lr_decay"], "last share of a phase, in which learning rates fall to 0",
+    "t_star": Setting(float, "(0, 1]", "t* of the generator, eq. (B.1)"),
+    "lr_warmup": Setting(int, "[0, 1e9]", "steps over which the learning rates rise", metavar="STEPS"),
+    "lr_decay": Setting(float, "[0, 1]", "share of the run, at its end, over which learning rates fall to 0",
                         metavar="SHARE"),
-    "clip": Setting(float, RANGES["clip"], "clip the gradient of every network to this norm", metavar="NORM"),
-    "loss_scale": Setting(float, RANGES["loss_scale"], "factor of the generator's loss"),
-    "flow_updates": Setting(int, RANGES["flow_updates"], "updates of the online flow per generator update"),
+}
+ADVANCED_FLAGS = {
+    "micro_batch": Setting(int, COUNT, "samples of one pass; lower it if memory runs out"),
+    "c_in": Setting(float, "(0, 100]", "c_in of the generator, eq. (B.1)"),
+    "c_skip": Setting(float, "[0, 100]", "c_skip of the generator, eq. (B.1)"),
+    "c_out": Setting(float, "(0, 100]", "c_out of the generator, eq. (B.1) (default: t*)"),
+    "t_generator": Setting(float, LOGIT_NORMAL, "t of the FGM loss ~ logit-normal(MEAN, STD)",
+                           2, ("MEAN", "STD")),
+    "t_flow": Setting(float, LOGIT_NORMAL, "t of the losses of flow and GAN ~ logit-normal(MEAN, STD)",
+                      2, ("MEAN", "STD")),
+    "clip": Setting(float, POSITIVE, "clip the gradient of every network to this norm", metavar="NORM"),
+    "loss_scale": Setting(float, POSITIVE, "factor of the generator's loss"),
+    "flow_updates": Setting(int, "[1, 1e3]", "updates of the online flow per generator update"),
 }
 TEACHER_FLAGS = {
     "teacher_lr": Setting(float, POSITIVE, "learning rate of the teacher"),
@@ -140,8 +117,9 @@ def teacher_settings(args):
 def distillation_settings(args, steps):
     """The flags as settings of fgm.distill."""
     return training_settings(args) | dict(
-        steps=steps, lr=args.lr, flow_lr=args.flow_lr, ema_decay=args.ema, l1_weight=args.l1_weight,
-        t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow), weight=WEIGHTS[args.weight],
+        steps=steps, lr=args.lr, flow_lr=args.flow_lr, ema_decay=None if args.no_ema else args.ema,
+        l1_weight=args.l1_weight, weight=WEIGHTS[args.weight],
+        t_generator=tuple(args.t_generator), t_flow=tuple(args.t_flow),
         loss_scale=args.loss_scale, flow_updates=args.flow_updates)
 
 
@@ -157,14 +135,8 @@ def add_flags(add, settings):
     for name, setting in settings.items():
         if setting.kind is bool:
             add(flag(name), action="store_true", help=setting.help)
-
-        elif setting.kind is None:
-            unset = name.removeprefix("no_")
-            add(flag(name), action="store_const", const=None, dest=unset, help=setting.help)
-
         elif setting.kind is argparse.BooleanOptionalAction:
             add(flag(name), action=setting.kind, help=setting.help)
-
         else:
             choices = setting.allowed if isinstance(setting.allowed, list) else None
             action = add(flag(name), type=setting.kind, nargs=setting.count, choices=choices,

@@ -60,7 +60,7 @@ def shard(net, blocks=(), bf16=False):
 
 def compile_networks(*nets):
     """torch.compile networks in place. A graph of theirs may be differentiated twice, and a network meets
-    several sizes of batch."""
+    several sizes of batch, a block of SD3's 14 combinations of batch, gradients and adapter."""
     torch._functorch.config.donated_buffer = False
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for net in nets:

@@ -1,5 +1,6 @@
 """Progress: bars while a run works, and OUT/progress.png, the curves of its log.jsonl."""
 
+import io
 import json
 import math
 import sys
@@ -18,17 +19,6 @@ import fgm
 REDRAW, REPORT = 1, 30  # seconds between two redrawings on a terminal, and between two lines elsewhere
 
 
-class Lines:
-    """A file for tqdm that prints every report as a line of its own."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), flush=True)
-
-    def flush(self):
-        pass
-
-
 @contextmanager
 def bar(title, total=None, done=0, unit="images"):
     """A tqdm bar of the first process, to update(n) as units are done; without a total it shows the time.
@@ -40,13 +30,18 @@ def bar(title, total=None, done=0, unit="images"):
     progress = tqdm(
         desc=title, total=total, initial=done, unit=f" {unit}", unit_scale=True, mininterval=math.inf,
         bar_format=None if total else "{desc}: {elapsed}", disable=title is None or fgm.process_rank() > 0,
-        file=stderr if on_terminal else Lines(),
-        delay=0 if on_terminal else math.inf)  # inf: nothing is drawn but by refresh()
+        file=stderr if on_terminal else io.StringIO(), delay=0 if on_terminal else math.inf)
     finished = threading.Event()
+
+    def report():
+        if on_terminal:
+            progress.refresh()
+        elif not progress.disable:
+            print(progress, flush=True)
 
     def redraw():
         while not finished.wait(REDRAW if on_terminal else REPORT):
-            progress.refresh()
+            report()
 
     thread = threading.Thread(target=redraw, daemon=True)
     thread.start()
@@ -55,7 +50,7 @@ def bar(title, total=None, done=0, unit="images"):
     finally:
         finished.set()
         thread.join()
-        progress.refresh()
+        report()
         progress.close()
 
 

@@ -5,24 +5,22 @@ Nothing here knows what is trained. FolderRun is the object that fgm.train_flow 
 
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 import fgm
 from fgm import Diverged, InputError, gathered, process_rank, world_size
-from training import checkpoint, flags, progress
+from training import checkpoint, progress
 from training.files import atomically, finite, open_folder, save_tensors, write_json
 from training.processes import first_process, wait_for_first
 
@@ -37,11 +35,8 @@ def command(main):
     2: bad input, or something that cannot be read or written; 1: divergence; 130 and 143: Ctrl-C, SIGTERM.
     Where there are several processes it does not return."""
 
-    def terminate(number, frame):
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, terminate)
-    with safe_console():
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
         status, message = outcome(main)
         if message is not None:
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
@@ -64,37 +59,20 @@ def outcome(main):
     try:
         main()
         wait_for_first()
-    except InputError as error:
+        return 0, None
+    except (InputError, OSError) as error:
         return 2, error
-    except OSError as error:
-        return 2, f"cannot read or write ({error}); when that is mended, the same command goes on"
     except Diverged as error:
         return 1, error
     except KeyboardInterrupt:
         return 130, STOPPED
     except SystemExit as error:
-        if error.code == 143:
-            return 143, STOPPED
-        if isinstance(error.code, str):  # sys.exit("a message")
-            return 1, error.code
-        return error.code or 0, None
+        return error.code or 0, STOPPED if error.code == 143 else None
     except (MemoryError, RuntimeError) as error:
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not out_of_memory and "allocate memory" not in str(error):
             raise
         return 2, f"out of memory, lower --micro-batch, --samples or the network's size ({error})"
-    return 0, None
-
-
-@contextmanager
-def safe_console():
-    """Put a Console in the place of stdout and stderr."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = streams
 
 
 class Console:
@@ -129,18 +107,14 @@ class Console:
 
 
 def about_this_run():
-    """What a number was measured with: command, commit (None outside git), versions, hardware."""
+    """What a number was measured with: command, commit (empty outside git), versions, hardware."""
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    for name in ("diffusers", "transformers"):
-        if name in sys.modules:
-            versions[name] = sys.modules[name].__version__
-
+    libraries = [name for name in ("torch", "numpy", "diffusers", "transformers") if name in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in libraries}
     hardware = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_initialized():
         hardware = torch.cuda.get_device_name()
@@ -189,12 +163,9 @@ def save_weights(net, path, metadata=None):
 
 # ---- The run in a folder -----------------------------------------------------------------------------------
 
-DIGIT = "[0-9]"
-RESULTS = (  # of all commands; what --overwrite removes, besides checkpoints
+RESULTS = (  # of all commands; what --overwrite removes, besides checkpoints. A new run draws the rest again.
     "generator.safetensors", "lora.safetensors", "judge.safetensors", "pipeline/model_index.json",
-    "metrics.json", "config.json", "log.jsonl", "progress.png", "samples.png", "one-step.png",
-    "teacher-1-step.png", "teacher-10-steps.png", "teacher-28-steps.png", "teacher-50-steps.png",
-    "teacher-100-steps.png", "distill-" + 7 * DIGIT + ".png", "movie.gif", "movie/" + 9 * DIGIT + ".png",
+    "metrics.json", "config.json", "log.jsonl", "progress.png", "distill-" + 7 * "[0-9]" + ".png",
 )
 PHASES = {"teacher": "training the teacher", "distill": "distilling"}  # and the titles of their bars
 CURVES_EVERY = 60  # seconds between two drawings of progress.png, at least
@@ -219,19 +190,17 @@ class FolderRun(fgm.Run):
     settings that a resumed run must share. unit: what the progress bar counts, "steps" or "images".
     picture(step, generator) is called every picture_every steps and at the end of a distillation, with the
     averaged weights in place and without gradients; the dict of numbers that it may return goes into the log.
-    progress.png is drawn then, too. The other processes wait for the first one meanwhile."""
+    progress.png is drawn then, too. The other processes wait for the first one meanwhile; they must see the
+    same folder."""
 
     def __init__(self, out, resume="same", save_every=1000, log_every=100, picture_every=None, picture=None,
                  fingerprint=None, unit="steps"):
-        for name, value in {"save_every": save_every, "log_every": log_every}.items():
-            flags.check_setting(name, value, flags.COUNT, whole=True)
         self.out, self.resume, self.unit = open_folder(out), resume, unit
         self.save_every, self.log_every, self.picture_every = save_every, log_every, picture_every
         self.picture, self.fingerprint = picture, fingerprint or {}
 
         self.folder = self.out / "checkpoints"
         first_process(self.take_folder)
-        self.check_shared()
 
     def take_folder(self):
         """Lock the folder, and remove what earlier runs left. Raises InputError if another run is at work."""
@@ -256,15 +225,6 @@ class FolderRun(fgm.Run):
             for name in RESULTS:
                 for path in self.out.glob(name):
                     path.unlink()
-
-    def check_shared(self):
-        """Raises InputError on all processes if one of them does not see the first one's folder."""
-        if world_size() > 1:
-            visible = [None] * world_size()
-            dist.all_gather_object(visible, self.folder.is_dir())
-            if not all(visible):
-                raise InputError(f"{self.out} is not the same folder for all processes: name an --out on a "
-                                 "disk that all machines share")
 
     def steps(self, phase, steps, learners, settings):
         """The steps that are left, and what is due after each: picture, log, checkpoint. See fgm.Run."""

@@ -15,7 +15,7 @@ import cifar
 import sd3
 import tiny_sd3
 import toy2d
-from training.flags import Parser
+from training.flags import Parser, path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("fgm", "training", "points", "images", "text2image", "commands")  # imports go to the left
@@ -147,7 +147,7 @@ def flags_of(command, monkeypatch):
     """The actions of a command's parser, caught before it parses anything."""
     caught = []
 
-    def stop(parser, choose, needs=(), modes=()):
+    def stop(parser, choose, needs=()):
         caught.extend(parser._actions)
         raise SystemExit
 
@@ -161,7 +161,7 @@ def flags_of(command, monkeypatch):
 def test_every_numeric_flag_has_a_range(command, monkeypatch):
     flags = flags_of(command, monkeypatch)
     numeric = [flag for flag in flags if flag.type in (int, float)]
-    assert numeric and all(flag.type in (None, int, float, str) for flag in flags)
+    assert numeric and all(flag.type in (None, int, float, str, path) for flag in flags)
     bounded = [flag for flag in numeric if hasattr(flag, "setting") and flag.setting.allowed is not None]
     assert [flag.dest for flag in numeric if flag not in bounded] == []
 

@@ -85,18 +85,15 @@ def test_command_writes_what_it_promises(finished):
         assert (out / name).stat().st_size > 100
 
 
-MOMENTS = ["checkpoints/teacher-000000010", "checkpoints/distill-000000010", "generator.safetensors"]
-
-
-def test_killed_at_three_moments_and_resumed_equals_uninterrupted(finished, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
     line = [*SMALL, "--cond", "--out", tmp_path, "--samples", "20"]
-    for moment in MOMENTS:
-        (process,) = forked(call, "cifar.py", *line, out=tmp_path)
-        while not (tmp_path / moment).exists() and process.is_alive():
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-        assert (tmp_path / moment).exists() and not (tmp_path / "metrics.json").exists()
+    (process,) = forked(call, "cifar.py", *line, out=tmp_path)
+    while not (tmp_path / "checkpoints/distill-000000010").exists() and process.is_alive():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "metrics.json").exists()
+
     done = drive_here(cifar, *line)
     assert done.returncode == 0, done.stderr
     for name in ("teacher", "generator"):
@@ -104,41 +101,26 @@ def test_killed_at_three_moments_and_resumed_equals_uninterrupted(finished, tmp_
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_a_finished_run_called_again_keeps_its_times_and_weights(finished, tmp_path, monkeypatch):
-    """Also under another spelling of its folder, and with its data under another."""
-    out = shutil.copytree(finished[0], tmp_path / "copy")
-    before = json.loads((out / "metrics.json").read_text())
-    checkpoints = {"teacher": "teacher-000000020", "distillation": "distill-000000020"}
-    monkeypatch.chdir(tmp_path)
-    done = drive_here(cifar, *SMALL, "--cond", "--out", "copy/../copy")
-    assert done.returncode == 0, done.stderr
-    after = json.loads((out / "metrics.json").read_text())
-    for phase, name in checkpoints.items():
-        checkpoint = json.loads((out / "checkpoints" / name / "checkpoint.json").read_text())
-        assert after["seconds"][phase] == checkpoint["seconds"] > 0
-    assert after["one_step"] == before["one_step"]
-
-
 def test_a_teacher_under_another_path_goes_on(finished, tmp_path, monkeypatch):
     """~ is the home. The teacher's defect is told each time."""
     shutil.copy(finished[0] / "teacher.safetensors", tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    line = [*SMALL, "--cond", "--out", "~/out", "--teacher"]
+    line = [*SMALL, "--cond", "--out", "~/out", "--kimg", "0.08", "--samples", "10", "--teacher"]
     assert drive_here(cifar, *line, "~/teacher.safetensors").returncode == 0
     log = (tmp_path / "out" / "log.jsonl").read_bytes()
     done = drive_here(cifar, *line, finished[0] / "teacher.safetensors")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == log
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    defect, error = metrics["teacher_defect"], metrics["teacher_defect_error"]
-    assert error > 0 and f"flow's velocity: {defect:.3f} +- {error:.3f}\n" in done.stdout
+    value, error, t = (metrics["defect"][name] for name in ("value", "standard_error", "t"))
+    assert error > 0 and f"flow's velocity: {value:.3f} +- {error:.3f} at t = {t}\n" in done.stdout
 
 
 def gaussian_velocity(x, t, class_labels):
-    """The velocity of a flow whose data are N(0, 0.25), whatever their class."""
+    """The velocity of a flow whose data are N(0, 0.1), whatever their class."""
     t = fgm.per_sample(t, x)
-    return x * (t - 0.25 * (1 - t)) / (t**2 + 0.25 * (1 - t) ** 2)
+    return x * (t - 0.1 * (1 - t)) / (t**2 + 0.1 * (1 - t) ** 2)
 
 
 @pytest.mark.parametrize("teacher, warned", [
@@ -148,8 +130,8 @@ def gaussian_velocity(x, t, class_labels):
 ])
 def test_a_teacher_that_is_no_flow_is_warned_of(teacher, warned, capsys):
     args = argparse.Namespace(seed=3, teacher="file.pkl")
-    metrics = cifar.check_teacher(args, teacher, (1, 8, 8), [1] * 4, torch.device("cpu"))
-    assert (abs(metrics["teacher_defect"]) < 5 * metrics["teacher_defect_error"]) != warned
+    defect = cifar.check_teacher(args, teacher, (1, 8, 8), [1] * 4, torch.device("cpu"))
+    assert (abs(defect["value"]) < 5 * defect["standard_error"]) != warned
     assert ("warning: file.pkl is not a flow's velocity" in capsys.readouterr().err) == warned
 
 
@@ -160,7 +142,7 @@ def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
     of_run = np.load(out / "samples-one-step.npz")
     assert of_run["images"].shape == (6, 8, 8, 1) and of_run["labels"].tolist() == [3, 1] * 3
     assert of_run["classes"].tolist() == [str(i) for i in range(10)]
-    assert "6 images of 3, 1 in" in (tmp_path / "0.txt").read_text()
+    assert "6 images in" in (tmp_path / "0.txt").read_text()
 
     alone = tmp_path / "mine.safetensors"
     alone.write_bytes((out / "generator.safetensors").read_bytes())
@@ -174,24 +156,20 @@ def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
 
 def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, capfd):
     out, _ = finished
-    teacher, data = out / "teacher.safetensors", photographs(tmp_path / "data", [2, 1])
+    teacher, data = out / "teacher.safetensors", photographs(tmp_path / "data", [2, 1], "ab")
     cases = [
         (["--data", "nowhere"], "neither cifar10, digits nor a folder"),
-        (["--data", "digits", "--teacher", teacher], "conditional on 10 classes, asked for is unconditional"),
+        (["--data", "digits", "--teacher", teacher], "conditional on 10 classes, asked for is 0"),
         (["--sample", "4", "--out", tmp_path], "has not finished"),
-        (["--sample", "4", "--classes", "10", "--out", out], "--classes must lie in 0..9"),
-        (["--sample", "4", "--ode-steps", "2", "--teacher", out / "generator.safetensors"], "no teacher"),
-        (["--sample", "4", "--generator", teacher], "is no generator; with --ode-steps K"),
-        (["--sample", "0", "--out", out], "argument --sample: must be in [1, 1e9], got 0"),
+        (["--sample", "4", "--classes", "10", "--out", out], "was trained on 10 classes"),
+        (["--sample", "4", "--ode-steps", "2", "--teacher", out / "generator.safetensors"], "be a teacher"),
+        (["--sample", "4", "--generator", teacher], "teacher.safetensors does not fit"),
         (["--data", "digits", "--classes", "3"], "--classes means nothing without --sample"),
         (["--sample", "4", "--generator", teacher, "--ode-steps", "2"], "and --generator names"),
         (["--quick", "--paper"], "--quick and --paper contradict each other"),
-        (["--quick", "--data", "digits"], "--quick is for photographs"),
+        (["--quick", "--data", "digits"], "digits has resolution 8"),
         (["--data", "digits", "--attention", "7"], "the network's resolutions are [8, 4]"),
-        (["--data", "nowhere", "--channel-mult", "1", "0"], "argument --channel-mult: must be in [1"),
-        (["--data", "nowhere", "--batch", "16", "--micro-batch", "5"], "micro-batch"),
         ([*SMALL, "--cond", "--out", out, "--lr", "0.5"], "resume"),
-        ([*SMALL, "--cond", "--out", out, "--hold-out"], "resume"),
         ([*SMALL, "--cond", "--out", out, "--overwrite", "--fid", "--inception-weights", teacher], "no FID"),
         (["--data", data, "--hold-out"], "--hold-out needs at least ten images"),
         (["--data", data, "--out", data / "runs"], "lies in the data folder"),
@@ -204,18 +182,10 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
     assert not (data / "runs").exists()
 
 
-def test_two_processes_equal_one(finished, tmp_path):
-    line = [*SMALL, "--cond", "--out", tmp_path, "--samples", "4"]
-    assert joined(forked(call, "cifar.py", *line, processes=2, out=tmp_path)) == [0, 0]
-    one, two = (load_file(path / "teacher.safetensors") for path in (finished[0], tmp_path))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
-
-
 @pytest.mark.parametrize(
     "device, can, precision, resolution",
-    [("cpu", {"amx_bf16": True}, "bf16", 16), ("cpu", {"amx_bf16": False}, "auto", 16),
-     ("cpu", {}, "auto", 16), ("cuda", {"amx_bf16": True}, "auto", 32)],
+    [("cpu", {"amx_bf16": True}, "bf16", 16), ("cpu", {}, "auto", 16),
+     ("cuda", {"amx_bf16": True}, "auto", 32)],
 )
 def test_quick_runs_in_bfloat16_on_a_cpu_that_is_fast_in_it(device, can, precision, resolution, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
@@ -233,7 +203,7 @@ def test_default_micro_batch(device, batch, micro_batch):
     assert cifar.default_micro_batch(batch, torch.device(device)) == micro_batch
 
 
-def photographs(data, counts, names=("often", "seldom")):
+def photographs(data, counts, names):
     """A folder of random images of 20x20 pixels, so many of each class."""
     random = np.random.default_rng(0)
     for name, count in zip(names, counts, strict=True):
@@ -248,42 +218,36 @@ QUICK = ["--quick", "--cond", "--device", "cpu", "--model-channels", "8", "--cha
          "--teacher-kimg", ".008", "--kimg", ".008", "--batch", "4", "--samples", "24", "--attention"]
 
 
-def test_quick_run_on_photographs(tmp_path, monkeypatch, capfd):
-    """The whole command on a folder of colour images of unequal classes: --quick's settings, shortened."""
-    data, out = photographs(tmp_path / "data", [20, 4]), tmp_path / "out"
-    line = ["--data", data, "--out", out, "--gan", "0.01", *QUICK]
+def test_quick_run_on_photographs_a_part_of_which_is_held_out(tmp_path, monkeypatch, capfd):
+    """The whole command on a folder of colour images: --quick's settings, shortened, with a GAN.
+
+    The classes are unequal, and have names that a console may not show: of another encoding and alphabet."""
+    names, out = ["caf\udce9", "\u0436"], tmp_path / "out"  # a byte of latin-1; a Cyrillic letter
+    data = photographs(tmp_path / "data", [20, 10], names)
+    line = ["--data", data, "--out", out, "--gan", "0.01", "--hold-out", *QUICK]
     done = drive_here(cifar, *line)
     assert done.returncode == 0, done.stderr
     metrics, config = (json.loads((out / name).read_text()) for name in ("metrics.json", "config.json"))
-    assert metrics["metric"] == "judge Frechet distance" and config["class_counts"] == [20, 4]
+    assert config["class_counts"] == [16, 8] and metrics["against"].startswith("24 training images")
+    assert config["classes"] == load_network(out / "generator.safetensors")[1]["classes"] == names
     assert config["network"]["img_resolution"] == 16 and config["settings"]["weight"] == "sid"
+    assert "extra_flow_loss" in (out / "log.jsonl").read_text() and config["settings"]["gan"] == 0.01
+
+    assert metrics["metric"] == "judge Frechet distance"
     row = metrics["rows"]["one step"]
     assert row["judge_frechet"] == metrics["one_step"] and row["noise"] > 0
-    assert "extra_flow_loss" in (out / "log.jsonl").read_text() and config["settings"]["gan"] == 0.01
-    assert f"{row['judge_frechet']:.4f} +- {row['noise']:.4f}" in done.stdout
-
-    # Images of the same name that changed are noticed before anything is lost.
-    (data / "often" / "1.png").write_bytes((data / "often" / "0.png").read_bytes())
-    assert_refused(cifar, [(line, "trained for other images; remove it")], out, monkeypatch, capfd)
+    (one_step,) = (row for row in done.stdout.splitlines() if row.startswith("  one step"))
+    numbers = [f"{row[name]:.4f}" for name in ("judge_frechet", "pixel_frechet", "noise", "accuracy")]
+    assert one_step.split()[2:6] == numbers
+    for name in ("teacher, 50 steps", "one step"):
+        row = metrics["rows"][name]
+        assert row["to_trained"] > 0 and row["to_held_out"] > 0 and 0.9 < row["copy_ratio"] < 1.1
+    assert "copy_ratio" not in metrics["rows"]["teacher, 1 step"] and "copy ratio" in done.stdout
 
     # Samples drawn later have the data's shares.
     assert drive_here(cifar, "--sample", "24", "--npz", "--out", out).returncode == 0
-    assert np.load(out / "samples-one-step.npz")["labels"].sum() == 4
+    assert np.load(out / "samples-one-step.npz")["labels"].sum() == 8
 
-
-def test_images_held_out_are_not_trained_on_and_copies_are_reported(tmp_path):
-    """With class names that a console may not show: of other alphabets, and of another encoding."""
-    names = ["caf\udce9", "\u0436"]  # the byte 0xe9 in a file's name; a Cyrillic letter
-    data = photographs(tmp_path / "data", [20, 10], names)
-    done = drive_here(cifar, "--data", data, "--out", tmp_path / "out", "--hold-out", *QUICK)
-    assert done.returncode == 0, done.stderr
-    metrics, config = (json.loads((tmp_path / "out" / name).read_text())
-                       for name in ("metrics.json", "config.json"))
-    assert config["class_counts"] == [16, 8] and metrics["against"].startswith("24 training images")
-    for name in ("50", "one step"):
-        row = metrics["rows"][name]
-        assert row["to_trained"] > 0 and row["to_held_out"] > 0 and 0.9 < row["copy_ratio"] < 1.1
-    assert "copy_ratio" not in metrics["rows"]["1"] and "copy ratio" in done.stdout
-    assert config["classes"] == names
-    about = load_network(tmp_path / "out" / "generator.safetensors")[1]
-    assert about["classes"] == names
+    # Images of the same name that changed are noticed before anything is lost.
+    (data / names[0] / "1.png").write_bytes((data / names[0] / "0.png").read_bytes())
+    assert_refused(cifar, [(line, "run with other settings (images ")], out, monkeypatch, capfd)

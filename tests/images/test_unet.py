@@ -8,6 +8,7 @@ from torch import nn
 
 import fgm
 from images.unet import EDMUNet, EDMVelocity, keep_features
+from points.data import GaussianMixture
 from training.gan import GAN
 from training.processes import noise_from
 
@@ -157,7 +158,7 @@ def test_velocity_of_a_gaussian_data_set(deviation):
         denoised_minus_skip = (deviation**2 / (s**2 + deviation**2) - 0.25 / (s**2 + 0.25)) * y
         return (denoised_minus_skip * (s**2 + 0.25).sqrt() / (s * 0.5)).to(x.dtype)
 
-    mixture = fgm.GaussianMixture([1.0], [[0.0, 0.0]], [[[deviation**2, 0.0], [0.0, deviation**2]]])
+    mixture = GaussianMixture([1.0], [[0.0, 0.0]], [[[deviation**2, 0.0], [0.0, deviation**2]]])
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
         t = torch.tensor([0.003, 0.1, 0.5, 0.9, 0.98], dtype=dtype)
         x = torch.randn(len(t), 2, dtype=dtype)

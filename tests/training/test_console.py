@@ -1,8 +1,6 @@
 """Anyone's console: what it cannot show, or will not take, does not stop a run; progress bars."""
 
 import io
-import os
-import re
 import subprocess
 import sys
 
@@ -16,7 +14,7 @@ from training.run import command
 
 NAME = "汉 é \udce9"  # the last: a byte of a file name that is no UTF-8
 
-# A command of two steps that prints a name, and then more than a pipe takes.
+# A command of two steps that prints more than a pipe takes.
 SCRIPT = r"""
 import sys, torch, fgm
 from training.run import FolderRun, command
@@ -26,7 +24,6 @@ class Small(torch.nn.Linear):
         return super().forward(x)
 
 def main():
-    print("a class: 汉 é \udce9")
     data, run = torch.randn(8, 2), FolderRun(sys.argv[1])
     fgm.train_flow(Small(2, 2), lambda seeds: (data[seeds % 8], {}), steps=2, batch=4, run=run)
     print(100_000 * ".")
@@ -35,17 +32,13 @@ command(main)
 """
 
 
-@pytest.mark.parametrize("shell, environment", [
-    ("", {"PYTHONIOENCODING": "cp1252"}), ("| head -n 1", {}), ("2>&- >&-", {}),
-])
-def test_a_run_goes_on_whatever_becomes_of_its_output(shell, environment, tmp_path):
+@pytest.mark.parametrize("shell", ["| head -n 1", "2>&- >&-"])
+def test_a_run_goes_on_whatever_becomes_of_its_output(shell, tmp_path):
     python = sys.executable, "-c", SCRIPT, str(tmp_path)
     line = ["bash", "-c", f'set -o pipefail; "$@" {shell}', "bash", *python]
-    done = subprocess.run(line, capture_output=True, env=ENV | environment, cwd=ROOT, timeout=3600)
+    done = subprocess.run(line, capture_output=True, env=ENV, cwd=ROOT, timeout=3600)
     assert done.returncode == 0 and done.stderr == b"", done.stderr
     assert (tmp_path / "checkpoints/teacher-000000002").is_dir()
-    if environment:
-        assert done.stdout.splitlines()[0] == b"a class: ? \xe9 ?"
 
 
 @pytest.mark.parametrize("encoding, name", [("cp1252", b"? \xe9 ?"), ("utf-8", b"\xe6\xb1\x89 \xc3\xa9 ?")])
@@ -63,21 +56,6 @@ def test_characters_that_the_console_cannot_show_are_replaced(encoding, name, mo
     assert stopped.value.code == 2
     assert stdout.getvalue().splitlines() == [name]
     assert stderr.getvalue().splitlines() == [b"script.py: cannot read " + name]
-
-
-def test_a_stream_that_is_full_drops_the_rest(monkeypatch):
-    calls = []
-
-    def main():
-        print(100_000 * ".")
-        print("more")
-        calls.append("the end")
-
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        command(main)
-        monkeypatch.undo()
-    assert calls == ["the end"]
 
 
 def test_without_a_terminal_a_bar_is_one_line_and_more_every_half_minute(capsys, monkeypatch):
@@ -105,46 +83,3 @@ def test_a_bar_without_a_standard_error_or_a_title(stderr, monkeypatch, capsys, 
     assert list(batches(2, 1, None)) == [0, 1]
     monkeypatch.undo()
     assert capsys.readouterr().out.count("\n") == 1
-
-
-def test_a_terminal_hears_of_long_work_every_second(monkeypatch):
-    """Nothing is counted; the time goes on all the same, also where the work ends in an error."""
-    termios = pytest.importorskip("termios")
-    ours, theirs = os.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
-    output = b""
-    with open(theirs, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        with pytest.raises(OSError, match="full"), bar("writing"):
-            while len(set(re.findall(rb"writing: \d\d:\d\d", output))) < 2:
-                output += os.read(ours, 4096)
-            raise OSError("full")
-        monkeypatch.undo()
-    os.close(ours)
-
-
-WITHOUT_POSIX = """
-import importlib, os, signal, sys
-
-import filelock, torch  # what they need of it they have elsewhere
-
-sys.modules["fcntl"] = sys.modules["resource"] = None  # an import of them raises ImportError
-for name in ("fork", "sysconf", "fchmod"):
-    delattr(os, name)
-del signal.SIGKILL
-for name in sys.argv[1].split():
-    importlib.import_module(name)
-"""
-
-
-def test_every_module_needs_nothing_of_posix_and_no_heavy_library():
-    modules = [path.stem for path in ROOT.glob("*.py")]
-    rooms = [path for path in ROOT.glob("*/*.py") if path.parent.name != "tests"]
-    modules += [f"{path.parent.name}.{path.stem}" for path in rooms]
-    assert {"toy2d", "training.run"} <= {*modules}
-    heavy = {"diffusers", "transformers", "sklearn", "matplotlib", "PIL", "torchvision"}
-    code = WITHOUT_POSIX + f"print(sorted({heavy} & set(sys.modules)))"
-    line = [sys.executable, "-c", code, " ".join(modules)]
-    done = subprocess.run(line, capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=3600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"

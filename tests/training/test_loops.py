@@ -1,7 +1,6 @@
 """The loops of fgm.py as a user calls them: what they learn, accumulation, extra losses, conditions."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -10,8 +9,6 @@ import fgm
 import toy2d
 from training import checkpoint
 from training.run import FolderRun
-
-COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 def networks(seed=0):
@@ -44,12 +41,6 @@ def test_train_flow_learns_a_gaussian():
     assert fgm.dot(error, error).mean() < 0.02 * fgm.dot(exact, exact).mean()
 
 
-def test_accumulation_equals_one_batch():
-    assert (distilled() - distilled(micro_batch=4)).norm() < 1e-5 * distilled().norm()
-    with pytest.raises(ValueError, match="micro-batch 5"):
-        distilled(micro_batch=5)
-
-
 def test_log_and_checkpoints_change_nothing(tmp_path):
     assert torch.equal(distilled(), distilled(run=FolderRun(tmp_path, save_every=3, log_every=2)))
 
@@ -72,29 +63,6 @@ def test_a_learner_is_adam_and_keeps_no_moment_that_is_never_used(beta1):
     saved = {name.partition(".")[2] for name in checkpoint.state_tensors({"net": learner})}
     moments = ("exp_avg", "exp_avg_sq") if beta1 else ("exp_avg_sq",)
     assert saved == {f"{kind}.{name}" for kind in ("parameter", *moments) for name in ("weight", "bias")}
-
-
-class Small(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3, 2)
-
-    def forward(self, x, t):
-        return self.layer(torch.cat([x, t[:, None]], 1)).tanh()
-
-
-@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_run_moves_the_weights_alike(tmp_path):
-    results = []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        teacher = Small()
-        nets = teacher, fgm.OneStepGenerator(copy.deepcopy(teacher), 0.8), copy.deepcopy(teacher)
-        run = FolderRun(tmp_path / str(compile), log_every=1)
-        settings = dict(steps=3, batch=12, lr=1e-2, run=run, compile=compile)
-        results.append(weights(fgm.distill(*nets, (2,), **settings)[0]))
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
-    assert (results[0] - weights(teacher)).norm() > 1e-3
 
 
 class Extra(torch.nn.Module):
@@ -133,10 +101,11 @@ def test_conditions_reach_every_network_and_follow_the_seeds():
     nets = [Labelled(calls) for _ in range(3)]
     generator = fgm.OneStepGenerator(nets[1], 0.9)
     settings = dict(steps=2, batch=6, conditions=lambda seeds: {"labels": seeds % 10})
-    labels = [(fgm.Draws(6, "cpu", 0, fgm.DISTILLATION, 0, k).seeds() % 10).tolist() for k in (0, 1)]
+    labels = [(fgm.Draws(6, "cpu", 0, fgm.DISTILLATION, step, k).seeds() % 10).tolist()
+              for step in (0, 1) for k in (0, 1)]
     fgm.distill(nets[0], generator, nets[2], (2,), **settings, flow_updates=2)
-    # generator, flow; generator, flow, teacher: no other pass
-    assert calls[:5] == [labels[0]] * 2 + [labels[1]] * 3 and len(calls) == 10
+    # Generator, flow; generator, flow, teacher; and the first step tries flow and teacher once more.
+    assert calls == [labels[0]] * 4 + [labels[1]] * 3 + [labels[2]] * 2 + [labels[3]] * 3
     calls.clear()
     fgm.distill(nets[0], generator, nets[2], (2,), **settings)
     assert calls[:3] == [labels[0]] * 3 and len(calls) == 6

@@ -2,16 +2,12 @@
 
 import copy
 import functools
-import os
-import re
-import runpy
 import shutil
 
 import pytest
 import torch
-from helpers import ROOT, call, forked, joined
+from helpers import call, forked, joined
 from safetensors.torch import load_file
-from test_loops import distilled
 from test_resume import SMALL, finished, json_lines  # noqa: F401
 
 import fgm
@@ -99,47 +95,6 @@ def fail_alone(kind):
 def test_the_wait_ends_where_the_first_process_fails(kind, status, message, tmp_path):
     assert joined(forked(as_command, fail_alone, kind, processes=2, out=tmp_path)) == [status, 2]
     assert message in outputs(tmp_path)[1].splitlines()[-1]
-
-
-def run_in_a_folder_of_its_own(folder):
-    processes.setup("cpu")
-    own = folder / str(fgm.process_rank())
-    own.mkdir()
-    os.chdir(own)
-    distilled(run=FolderRun("out"))
-
-
-def test_processes_without_a_common_folder_are_told_at_the_start(tmp_path):
-    """As two machines whose disks are their own."""
-    statuses = joined(forked(as_command, run_in_a_folder_of_its_own, tmp_path, processes=2, out=tmp_path))
-    assert statuses == [2, 2]
-    for text in outputs(tmp_path):
-        assert "out is not the same folder for all processes" in text and text.count("\n") == 1
-
-
-def run_script(path):
-    """As torchrun would, in the script's folder."""
-    os.chdir(path.parent)
-    if "RANK" in os.environ:
-        os.environ["TORCHELASTIC_RUN_ID"] = "test"
-    runpy.run_path(path)
-    os._exit(0)  # gloo's threads
-
-
-def test_the_own_network_of_the_readme_trains_alike_on_two_processes(tmp_path):
-    """As written there, but for fewer steps."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert "steps=2000" in code and "batch=512" in code
-    code = code.replace("steps=2000", "steps=20")
-    code += "\nimport os\ntorch.save(generator.state_dict(), os.environ.get('RANK', 'alone') + '.pt')\n"
-    code += "assert fgm.world_size() == int(os.environ.get('WORLD_SIZE', 1))\n"
-    (tmp_path / "own.py").write_text(code)
-    for number in (None, 2):
-        started = forked(run_script, tmp_path / "own.py", processes=number, out=tmp_path)
-        assert {*joined(started)} == {0}, (tmp_path / "0.txt").read_text()
-    alone, *both = (torch.load(tmp_path / f"{name}.pt") for name in ("alone", 0, 1))
-    for state in both:
-        assert all((state[name] - value).norm() <= 1e-5 * value.norm() for name, value in alone.items())
 
 
 def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):

@@ -18,7 +18,7 @@ from test_loops import distilled, networks, weights
 import fgm
 import toy2d
 from training import checkpoint
-from training.run import STOPPED, FolderRun, command, fingerprint_of
+from training.run import STOPPED, FolderRun, command
 
 SMALL = ["--device", "cpu", "--batch", "16", "--teacher-steps", "30", "--steps", "40", "--save-every", "10"]
 SMALL += ["--log-every", "10", "--samples", "500"]
@@ -74,7 +74,7 @@ def test_command_line_writes_what_it_promises(finished):
     net.load_state_dict(load_file(out / "generator.safetensors"))
     z = fgm.Draws(500, "cpu", 0, fgm.SCORES).normal((2,))
     samples = fgm.OneStepGenerator(net, **config["generator"])(z).detach()
-    distance = toy2d.energy_distance(samples, toy2d.toy_data("8gaussians", 500, 1))
+    distance = toy2d.energy_distance(samples, toy2d.toy_data("rings", 500, 1))
     assert distance == pytest.approx(metrics["one_step"], rel=1e-5)
 
     assert logged(out) == ALL_LINES
@@ -126,8 +126,7 @@ def test_divergence_names_step_and_term_and_keeps_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("phase, number", [
     ("teacher-000000010", signal.SIGKILL),
-    ("distill-000000020", signal.SIGKILL),
-    ("distill-000000010", signal.SIGTERM),
+    ("distill-000000020", signal.SIGTERM),
 ])
 def test_stopped_and_resumed_equals_uninterrupted(finished, tmp_path, phase, number):
     out = tmp_path / "out"
@@ -158,12 +157,12 @@ def test_stopping_while_a_checkpoint_is_written_leaves_none(number, status, tmp_
 
 
 def test_a_finished_run_is_the_same_by_another_path_and_reports_its_times(finished, copied, monkeypatch):
-    """Moved, by a relative path, by a link: not one step is made again."""
+    """Moved, by a link, from the user's folder: not one step is made again."""
     times = json.loads((copied / "metrics.json").read_text())["seconds"]
     (copied.parent / "link").symlink_to(copied)
     monkeypatch.chdir(copied.parent)
     monkeypatch.setenv("HOME", str(copied))
-    for path in ("./link/../out/", "link", "~"):
+    for path in ("./link/../out/", "~"):
         before = contents(copied / "checkpoints")
         done = drive_here(toy2d, *SMALL, "--out", path)
         assert done.returncode == 0, done.stderr
@@ -174,7 +173,7 @@ def test_a_finished_run_is_the_same_by_another_path_and_reports_its_times(finish
     assert again["all"] == pytest.approx(again["teacher"] + again["distillation"] + again["scores"])
 
 
-def test_broken_log_line_and_folders_of_others(finished, copied):
+def test_a_lost_checkpoint_a_broken_log_line_and_folders_of_others(finished, copied):
     """A last line that is cut off does not keep a run from going on; it removes its own checkpoints only."""
     folder = copied / "checkpoints"
     shutil.rmtree(folder / "distill-000000040")
@@ -193,12 +192,11 @@ def test_broken_log_line_and_folders_of_others(finished, copied):
     assert sorted(path.name for path in folder.iterdir()) == others
 
 
-def test_starting_again_leaves_nothing_that_an_earlier_run_drew_or_wrote(tmp_path):
+def test_starting_again_removes_what_an_earlier_run_wrote_and_nothing_else(tmp_path):
     mine = ["mine.png", "teacher.safetensors", "pipeline/mine.py", "movie/mypicture.png",
             "distill-results.png", "teacher-my-steps.png"]
-    results = ["distill-0000500.png", "one-step.png", "teacher-50-steps.png", "lora.safetensors",
-               "config.json", "metrics.json", "judge.safetensors", "pipeline/model_index.json",
-               "movie/000000166.png"]
+    results = ["distill-0000500.png", "progress.png", "lora.safetensors", "config.json", "metrics.json",
+               "judge.safetensors", "pipeline/model_index.json"]
     for name in mine + results:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("earlier")
@@ -218,10 +216,10 @@ class Sometimes(torch.nn.Module):
         return self.always(x) + (self.rarely(x) if self.passes % 3 == 0 else 0)
 
 
-def trained(net, folder, steps=10):
+def trained(net, folder):
     data = torch.linspace(-1, 1, 128).view(64, 2)
     run = FolderRun(folder, save_every=5)
-    fgm.train_flow(net, lambda seeds: (data[seeds % 64], {}), steps=steps, batch=8, lr=1e-2, run=run)
+    fgm.train_flow(net, lambda seeds: (data[seeds % 64], {}), steps=10, batch=8, lr=1e-2, run=run)
     return weights(net)
 
 
@@ -231,11 +229,6 @@ def test_a_part_without_gradients_in_some_steps_is_resumed_exactly(tmp_path):
     expected = trained(whole, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/teacher-000000010")
     assert torch.equal(trained(half, tmp_path), expected)
-
-    smaller = Sometimes()
-    smaller.rarely = None
-    with pytest.raises(fgm.InputError, match="teacher-000000010 is damaged or not a checkpoint of this run"):
-        trained(smaller, tmp_path)
 
 
 # ---- Refusals ----------------------------------------------------------------------------------------------
@@ -251,23 +244,11 @@ def test_other_settings_in_the_folder_are_refused_without_resume(copied):
     assert logged(copied) == [*ALL_LINES, ("distill", 50)]
 
 
-def test_distillation_is_tied_to_the_weights_of_its_teacher(tmp_path):
-    for seed in (0, 1):
-        teacher, generator, flow = networks(seed)
-        run = FolderRun(tmp_path, fingerprint={"teacher_weights": fingerprint_of(teacher)})
-        if seed == 0:
-            fgm.distill(teacher, generator, flow, (2,), steps=2, batch=4, run=run)
-    with pytest.raises(fgm.InputError, match="teacher_weights [0-9a-f]{8} -> [0-9a-f]{8}"):
-        fgm.distill(teacher, generator, flow, (2,), steps=2, batch=4, run=run)
-
-
-def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, copied):
+def test_damaged_checkpoint_is_refused_and_the_one_before_is_named(copied):
     newest, before = (copied / "checkpoints" / f"distill-{step:09d}" for step in (40, 30))
     tensors, saved = next(newest.glob("*.safetensors")), newest / "checkpoint.json"
     damages = [
-        (tensors, tensors.read_bytes()[: tensors.stat().st_size // 2]),
         (tensors, tensors.read_bytes()[:-8]),
-        (saved, b"null"),
         (saved, json.dumps(json.loads(saved.read_text()) | {"updates": {}}).encode()),
     ]
     for path, damaged in damages:
@@ -283,11 +264,6 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_still_works(finished, 
     with pytest.raises(fgm.InputError, match="distill-000000040 is damaged or not a checkpoint of this run"):
         fgm.distill(teacher, generator, flow, (2,), steps=50, batch=8, run=run)  # other networks
 
-    shutil.rmtree(newest)
-    done = drive_here(toy2d, *SMALL, "--out", copied)
-    assert done.returncode == 0, done.stderr
-    assert_same_networks(finished[0], copied)
-
 
 def test_second_run_in_the_same_folder_is_refused(copied):
     first = FolderRun(copied)
@@ -297,19 +273,6 @@ def test_second_run_in_the_same_folder_is_refused(copied):
     assert f"another run is at work in {copied}" in done.stderr
     assert contents(copied) == before
     assert FolderRun(copied).lock is first.lock  # a notebook's cell again
-
-
-def test_a_disk_that_cannot_lock_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    from filelock import FileLock
-
-    def refuse(lock):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(FileLock, "acquire", refuse)
-    distilled(run=FolderRun(tmp_path))
-    error = capsys.readouterr().err.splitlines()[0]
-    assert error.startswith(f"cannot lock {tmp_path} ") and "No locks available" in error
-    assert (tmp_path / "checkpoints/distill-000000008").is_dir()
 
 
 def test_functions_and_partials_are_told_apart_in_settings():
