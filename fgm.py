@@ -206,11 +206,12 @@ def normal_quantile(uniform):
 def defect(net, x0, t, **cond):
     """E<u - c, u> / E|u|^2 on samples x0: 0 if u = net is the mean of c given x_t, as FGM takes it to be.
 
-    This is the Flow Product Identity (4.7) with f = u. It needs nothing but the teacher: x0 [B, ...] are its
-    own samples, or the data that it was trained on; the path's noise is fresh, c = noise - x0. t: a number,
-    or [B]. Far from 0 means that net is no teacher: noise was paired with data (OT-CFM, rectified flow), v
-    has the wrong sign, t runs the other way, or the field is guided. Near 0 at one t proves nothing (t = 0.5
-    cannot see a reversed t): take 0.2, 0.5, 0.8 and 0.95. Returns (defect, its standard error)."""
+    This is the Flow Product Identity (4.7) with f = u; 1 means unrelated to c, 2 the opposite sign. It needs
+    nothing but the teacher: x0 [B, ...] are its own samples, or the data that it was trained on; the path's
+    noise is fresh, c = noise - x0. t: a number, or [B]. Far from 0 means that net is no teacher: noise was
+    paired with data (OT-CFM, rectified flow), v has the wrong sign, t runs the other way, or the field is
+    guided. Near 0 at one t proves nothing (each fault hides at one): take 0.2, 0.5, 0.8 and 0.95.
+    Returns (defect, its standard error)."""
     t = t if torch.is_tensor(t) else constant_t(t, x0)
     noise = torch.randn_like(x0)
     u = velocity(net, interpolate(x0, noise, t), t, **cond)
