@@ -237,14 +237,6 @@ def initial_network(args, real, label_dim):
     return build(network), network
 
 
-def default_micro_batch(batch, device):
-    """All of this process's share of a batch; on a GPU its largest divisor up to 128."""
-    share = batch // fgm.world_size()
-    if device.type == "cpu":
-        return share
-    return max(n for n in range(1, min(share, 128) + 1) if share % n == 0)
-
-
 def check_scores(args, real, device, judge_file, fid_features):
     """A score that cannot be measured fails here, on all processes, and not at the end."""
     if len(real.pixels) < 4:
@@ -274,7 +266,8 @@ def main():
     if args.sample:
         return draw_from_files(args, device)
     fgm.micro_batches(args.batch, args.micro_batch)
-    args.micro_batch = args.micro_batch or default_micro_batch(args.batch, device)
+    if args.micro_batch is None and device.type == "cuda":
+        args.micro_batch = processes.largest_divisor(args.batch // fgm.world_size(), 128)
     out = out_folder(args)
     judge_file = out / "judge.safetensors"
 

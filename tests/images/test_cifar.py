@@ -196,13 +196,6 @@ def test_quick_runs_in_bfloat16_on_a_cpu_that_is_fast_in_it(device, can, precisi
     assert cifar.arguments().precision == "fp32"
 
 
-@pytest.mark.parametrize("device, batch, micro_batch", [
-    ("cpu", 512, 512), ("cuda", 512, 128), ("cuda", 100, 100), ("cuda", 300, 100),
-])
-def test_default_micro_batch(device, batch, micro_batch):
-    assert cifar.default_micro_batch(batch, torch.device(device)) == micro_batch
-
-
 def photographs(data, counts, names):
     """A folder of random images of 20x20 pixels, so many of each class."""
     random = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from filelock import FileLock
 from helpers import assert_refused, drive_here
 from safetensors.torch import load_file
 
@@ -102,9 +103,17 @@ def test_interrupted_run_resumed_equals_uninterrupted_wherever_its_files_lie(
         (tmp_path / "resumed" / name).unlink()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(model.parent)
+    score, lock_while_scoring = sd3.score, []
+
+    def watched(*arguments):
+        lock = FileLock(tmp_path / "resumed" / ".lock", timeout=0, is_singleton=True)
+        lock_while_scoring.append(lock.is_locked)
+        return score(*arguments)
+
+    monkeypatch.setattr(sd3, "score", watched)
     arguments = ["--model", "model", "--out=~/resumed", "--real", "./model/../model/images", *SMALL]
     done = drive_here(sd3, *arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and lock_while_scoring == [True], done.stderr
     whole, resumed = (load_file(out / "generator.safetensors") for out in (finished[0], tmp_path / "resumed"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
