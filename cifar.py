@@ -341,7 +341,7 @@ def main():
     began, scorer = time.perf_counter(), None
     if fgm.process_rank() == 0:
         judge = scores.judge_of(real, args.cond, args.flip, device, judge_file)
-        scorer = scores.Scores(real, args.cond, judge, args.samples, fid_features, held_out)
+        scorer = scores.Scores(real, args.cond, judge, args.samples, fid_features, held_out, args.flip)
     processes.wait_for_first()
 
     steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)

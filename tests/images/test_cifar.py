@@ -127,6 +127,7 @@ def gaussian_velocity(x, t, class_labels):
     (gaussian_velocity, False),
     (lambda x, t, **cond: -gaussian_velocity(x, t, **cond), True),
     (lambda x, t, **cond: gaussian_velocity(x, 1 - t, **cond), True),
+    (lambda x, t, **cond: gaussian_velocity(x, t, **cond) / (t != 0.95).view(-1, 1, 1, 1), True),  # inf, nan
 ])
 def test_a_teacher_that_is_no_flow_is_warned_of(teacher, warned, capsys):
     args = argparse.Namespace(seed=3, teacher="file.pkl")
