@@ -120,8 +120,8 @@ def copy_ratio(samples, training, held_out, mirrored=None):
     """Whether samples are copies: the mean distance of a sample to its nearest training image over that to
     its nearest held-out image, all of them float [., D].
 
-    mirrored: the samples' mirror images, where a network also sees mirrored images when it trains. A sample is
-    then as near as the nearer of the two, to either kind of images.
+    mirrored: the samples' mirror images, where a network also sees mirrored images when it trains. A sample
+    is then as near as the nearer of the two, to either kind of images.
 
     The training images are taken in random parts of as many as are held out, and the distances averaged over
     the parts. So the ratio is 1 where nothing is copied. Of K parts, copies have a distance of 0 to one: if
