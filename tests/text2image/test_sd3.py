@@ -170,12 +170,17 @@ def test_bad_input_is_one_line_and_status_2(finished, model, models, tmp_path, m
     assert_refused(sd3, cases, out, monkeypatch, capfd)
 
 
-def test_what_cannot_be_loaded_is_found_before_prompts_are_encoded(model, tmp_path):
+@pytest.mark.parametrize("again", [[], ["--overwrite"]])
+def test_what_cannot_be_loaded_is_found_before_prompts_are_encoded(again, model, tmp_path):
+    """And with --overwrite before anything is removed."""
+    if again:
+        (tmp_path / "out" / "checkpoints" / "distill-000000003").mkdir(parents=True)
     broken = shutil.copytree(model, tmp_path / "broken")
     (broken / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
-    done = drive_here(sd3, "--model", broken, "--out", tmp_path / "out", *SMALL)
+    done = drive_here(sd3, "--model", broken, "--out", tmp_path / "out", *SMALL, *again)
     assert done.returncode == 2 and "cannot load" in done.stderr and "broken/vae" in done.stderr
     assert not (tmp_path / "out" / "embeddings").exists()
+    assert len(list((tmp_path / "out").glob("checkpoints/*"))) == len(again)
 
 
 @pytest.mark.parametrize("name, guidance", [
