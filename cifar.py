@@ -223,7 +223,7 @@ def hold_out(real):
 def initial_network(args, real, label_dim):
     """The network that everything starts from, and its description: --teacher's, or a fresh one."""
     if args.teacher:
-        return load_teacher(args.teacher, real, args.cond)
+        return load_teacher(args.teacher, real, args.cond, args.hold_out)
 
     channels, resolution = real.pixels.shape[1:3]
     levels = [resolution >> level for level in range(len(args.channel_mult))]
@@ -235,14 +235,6 @@ def initial_network(args, real, label_dim):
         attn_resolutions=args.attention, dropout=args.dropout)
     torch.manual_seed(args.seed)
     return build(network), network
-
-
-def default_micro_batch(batch, device):
-    """All of this process's share of a batch; on a GPU its largest divisor up to 128."""
-    share = batch // fgm.world_size()
-    if device.type == "cpu":
-        return share
-    return max(n for n in range(1, min(share, 128) + 1) if share % n == 0)
 
 
 def check_scores(args, real, device, judge_file, fid_features):
@@ -274,7 +266,8 @@ def main():
     if args.sample:
         return draw_from_files(args, device)
     fgm.micro_batches(args.batch, args.micro_batch)
-    args.micro_batch = args.micro_batch or default_micro_batch(args.batch, device)
+    if args.micro_batch is None and device.type == "cuda":
+        args.micro_batch = processes.largest_divisor(args.batch // fgm.world_size(), 128)
     out = out_folder(args)
     judge_file = out / "judge.safetensors"
 
@@ -303,9 +296,10 @@ def main():
         gan = GAN(keep_features(flow), data, args.t_flow, args.gan, 5 * args.gan).to(device)
         processes.shard(gan.head)
 
-    about = {"network": network, "data": args.data, "classes": real.classes, "class_counts": class_counts}
+    about = {"network": network, "data": args.data, "images": real.fingerprint(), "classes": real.classes,
+             "class_counts": class_counts}
     folder_run = run.folder_run(args, out)
-    folder_run.fingerprint = {"images": real.fingerprint(), "network": network, "flip": args.flip}
+    folder_run.fingerprint = {"images": about["images"], "network": network, "flip": args.flip}
     if args.overwrite and not args.teacher and fgm.process_rank() == 0:
         (out / "teacher.safetensors").unlink(missing_ok=True)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
@@ -325,7 +319,7 @@ def main():
         teacher, seconds["teacher"] = fgm.train_flow(
             teacher.train(), data, steps=math.ceil(args.teacher_kimg * 1000 / args.batch),
             ema_decay=args.teacher_ema, run=folder_run, **flags.teacher_settings(args))
-    run.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(about)})
+        run.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(about)})
 
     # Distillation, Algorithm 1: all three networks start as the teacher.
     for module in (net, flow):
@@ -341,6 +335,8 @@ def main():
     folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher), "gan": args.gan}
     generator, seconds["distillation"] = fgm.distill(
         teacher, generator, flow, shape, conditions=conditions, extra=gan, run=folder_run, **settings)
+    if args.teacher:  # not before a run with another teacher in OUT would have been refused
+        run.save_weights(teacher, out / "teacher.safetensors", {"about": json.dumps(about)})
     about |= {"generator": generator.coefficients()}
     run.save_weights(generator.net, out / "generator.safetensors", {"about": json.dumps(about)})
 
@@ -348,7 +344,7 @@ def main():
     began, scorer = time.perf_counter(), None
     if fgm.process_rank() == 0:
         judge = scores.judge_of(real, args.cond, args.flip, device, judge_file)
-        scorer = scores.Scores(real, args.cond, judge, args.samples, fid_features, held_out)
+        scorer = scores.Scores(real, args.cond, judge, args.samples, fid_features, held_out, args.flip)
     processes.wait_for_first()
 
     steps = (1, 10, 50, 100) if args.fid else (1, 10, 50)

@@ -79,7 +79,7 @@ FLAGS = {  # by their group in --help
         "checkpointing": Setting(argparse.BooleanOptionalAction, None,
                                  "recompute activations in the backward pass (default: on a GPU)"),
     },
-    "distillation (on a GPU the default micro-batch is 4)": {
+    "distillation": {
         "lora": Setting(int, COUNT, "one base and two LoRA adapters, not three networks; lora.safetensors "
                                     "works with the scheduler of OUT/pipeline alone", metavar="RANK"),
         "guidance": Setting(float, "[1, 1000]", "classifier-free guidance of the teacher; 1: none"),
@@ -200,11 +200,11 @@ def read_source(args, device):
     """The Source that the flags name, checked as far as it can be without loading anything.
 
     Fills in the settings that depend on the device. Raises InputError."""
+    fgm.micro_batches(args.batch, args.micro_batch)
     if args.micro_batch is None and device.type == "cuda":
-        args.micro_batch = 4
+        args.micro_batch = processes.largest_divisor(args.batch // fgm.world_size(), 4)
     if args.checkpointing is None:
         args.checkpointing = device.type == "cuda"
-    fgm.micro_batches(args.batch, args.micro_batch)
 
     folder = find_model(args.model)
     transformer = empty_network(folder, "transformer")
@@ -377,7 +377,7 @@ def main():
 
     # The source pipeline, prompts and real images; prompts and images are encoded once.
     source, out = read_source(args, device), open_folder(args.out)
-    if not checkpoint.checkpoints(out / "checkpoints", "distill"):
+    if args.overwrite or not checkpoint.checkpoints(out / "checkpoints", "distill"):
         try_one_step(args, source, device, dtype)
         free_memory()
     cache = args.embeddings or out / "embeddings"
@@ -391,16 +391,17 @@ def main():
         defect = check_teacher(args, source, teacher, embeddings, draw, device, dtype)
     if args.compile:
         processes.compile_networks(teacher, generator.net, flow)
+    folder_run = make_run(args, source, teacher, draw, dtype, out)  # locks OUT as long as it exists
     _, distill_seconds = fgm.distill(
-        teacher, generator, flow, source.shape, eps=1e-6, extra=gan,
+        teacher, generator, flow, source.shape, eps=1e-6, extra=gan, run=folder_run,
         conditions=lambda seeds: embeddings(seeds % len(source.prompts)),
-        run=make_run(args, source, teacher, draw, dtype, out),
         **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
 
     # The files.
     size, coefficients = (args.height, args.width), generator.coefficients()
     run.save_weights(generator.net, out / "generator.safetensors")
     pipeline.export(source.folder, generator, args.lora, dtype, out, source.shape)
+    folder_run.picture = None  # it holds the teacher
     del teacher, flow, generator, gan, draw  # the device is for the pipelines now
     free_memory()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fgm import InputError
+from fgm import InputError, OneStepGenerator
 from images.unet import build
 from training.files import reason
 
@@ -223,8 +223,9 @@ def image_shape(network):
 
 def load_network(path):
     """A network file of cifar.py: the net in evaluation mode, and what the file says of it, a dict with
-    "network" (its description), "data", "classes", "class_counts" and, of a generator, "generator" (the
-    coefficients of OneStepGenerator). Raises InputError if it is missing, damaged or foreign."""
+    "network" (its description), "data", "images" (their fingerprint), "classes", "class_counts" and, of a
+    generator, "generator" (the coefficients of OneStepGenerator). Raises InputError if it is missing, damaged
+    or foreign."""
     from safetensors import safe_open
 
     with refusals(path, "network file of cifar.py"), safe_open(path, "pt") as file:
@@ -233,23 +234,31 @@ def load_network(path):
         net = build_with_weights(about["network"], shapes, file.get_tensor)
 
         label_dim = about["network"]["label_dim"]
-        about.setdefault("class_counts", [1] * label_dim)  # older files: all classes alike
-        if len(about["class_counts"]) != label_dim:
-            raise InputError("it has not a number of images for each class")
+        counts = about.setdefault("class_counts", [1] * label_dim)  # older files: all classes alike
+        if len(counts) != label_dim or not all(type(count) is int and count > 0 for count in counts):
+            raise InputError("its class_counts are not a number of images for each class")
+        names = about.get("classes")
+        if not isinstance(names, list) or label_dim not in (0, len(names)):
+            raise InputError("its classes are not a name for each class")
+        if "generator" in about:
+            coefficients = OneStepGenerator(net, **about["generator"]).coefficients()
+            if not all(math.isfinite(value) for value in coefficients.values()):
+                raise InputError("its generator has coefficients that are not finite")
     return net, about
 
 
-def load_teacher(path, images, cond):
+def load_teacher(path, images, cond, hold_out=False):
     """A teacher and its description, from a network file or an EDM pickle.
 
-    Raises InputError if it does not fit the images, the conditioning or, where it names them, the classes."""
+    Raises InputError if it does not fit the images, the conditioning or, where it names them, the classes;
+    with hold_out also unless the file says that it was trained on these images alone."""
     if str(path).endswith(".pkl"):
-        net, names = load_edm(path), images.classes  # a pickle names none
+        net, about = load_edm(path), {"classes": images.classes}  # a pickle names none
     else:
         net, about = load_network(path)
         if "generator" in about:
             raise InputError(f"{path} is a one-step generator, no teacher")
-        names = about["classes"]
+    names = about["classes"]
 
     network = net.description
     shape, data_shape = list(image_shape(network)), list(images.pixels.shape[1:])
@@ -263,4 +272,7 @@ def load_teacher(path, images, cond):
     if cond and names != images.classes:
         raise InputError(f"{path} has the classes {ascii(names)[:200]}, in this order, the data "
                          f"{ascii(images.classes)[:200]}")
+    if hold_out and about.get("images") != images.fingerprint():
+        raise InputError(f"{path} may have been trained on images that are held out: with --hold-out give a "
+                         "teacher that a run with --hold-out on the same data has trained")
     return net, network

@@ -111,23 +111,33 @@ def make_picture(out, real, teacher, draw, samples):
 # ---- Copies ------------------------------------------------------------------------------------------------
 
 
-def nearest_distance(samples, images):
-    """The mean L2 distance of samples [N, D] to the nearest of images [M, D]."""
-    return torch.cat([torch.cdist(part, images).amin(1) for part in samples.split(500)]).mean().item()
+def nearest_distances(samples, images):
+    """The L2 distance of each of samples [N, D] to the nearest of images [M, D]: [N]."""
+    return torch.cat([torch.cdist(part, images).amin(1) for part in samples.split(500)])
 
 
-def copy_ratio(samples, training, held_out):
+def copy_ratio(samples, training, held_out, mirrored=None):
     """Whether samples are copies: the mean distance of a sample to its nearest training image over that to
     its nearest held-out image, all of them float [., D].
+
+    mirrored: the samples' mirror images, where a network also sees mirrored images when it trains. A sample
+    is then as near as the nearer of the two, to either kind of images.
 
     The training images are taken in random parts of as many as are held out, and the distances averaged over
     the parts. So the ratio is 1 where nothing is copied. Of K parts, copies have a distance of 0 to one: if
     all samples are copies of training images the ratio is 1 - 1 / K (a fifth held out: 0.75)."""
+
+    def mean_distance(images):
+        distances = nearest_distances(samples, images)
+        if mirrored is not None:
+            distances = distances.minimum(nearest_distances(mirrored, images))
+        return distances.mean().item()
+
     n = min(len(training), len(held_out))
     order = random_order(len(training))
     parts = order[: len(order) // n * n].split(n)
-    to_training = np.mean([nearest_distance(samples, training[part]) for part in parts])
-    return to_training / nearest_distance(samples, held_out[:n])
+    to_training = np.mean([mean_distance(training[part]) for part in parts])
+    return to_training / mean_distance(held_out[:n])
 
 
 # ---- Judges: do samples look like their label? -------------------------------------------------------------
@@ -191,12 +201,14 @@ class NetworkJudge:
     """A judge_network that tells the classes of real images apart (of at most 32x32 pixels; larger ones are
     averaged to that).
 
-    own_accuracy: measured on the tenth of the images that it was not trained on."""
+    own_accuracy: measured on the tenth of the images that it was not trained on. trained_on: which images,
+    as its file says."""
 
     def __init__(self, images, device):
         channels, resolution = images.pixels.shape[1:3]
         self.device, self.side, self.own_accuracy = device, min(resolution, 32), None
         self.net = judge_network(channels, self.side, len(images.classes)).to(device).eval()
+        self.trained_on = {"images": images.fingerprint(), "classes": images.classes}
 
     @staticmethod
     def hold_out(labels):
@@ -205,12 +217,15 @@ class NetworkJudge:
 
     @classmethod
     def load(cls, path, images, device):
-        """The judge in a file. Raises InputError if it is damaged, or of other shapes."""
+        """The judge in a file, None if it was trained on other images. Raises InputError if it is damaged."""
         from safetensors import safe_open
 
         judge = cls(images, device)
         with refusals(path, "judge of cifar.py"), safe_open(path, "pt") as file:
-            judge.own_accuracy = json.loads(file.metadata()["judge"])["own_accuracy"]
+            about = json.loads(file.metadata()["judge"])
+            if {name: about.get(name) for name in judge.trained_on} != judge.trained_on:
+                return None
+            judge.own_accuracy = about["own_accuracy"]
             judge.net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
         return judge
 
@@ -256,7 +271,8 @@ class NetworkJudge:
 
     def save(self, path):
         state = {name: value.cpu().contiguous() for name, value in self.net.state_dict().items()}
-        save_tensors(state, path, {"judge": json.dumps({"own_accuracy": self.own_accuracy})})
+        about = self.trained_on | {"own_accuracy": self.own_accuracy}
+        save_tensors(state, path, {"judge": json.dumps(about)})
 
     @torch.no_grad()
     def features(self, pixels):
@@ -312,13 +328,14 @@ def judged_by_network(images):
 
 
 def judge_of(real, cond, flip, device, file):
-    """The judge of a run on real images. A NetworkJudge, from its file or trained and kept there; a Judge if
-    the images are small and cond asks whether labels are followed; or None."""
+    """The judge of a run on real images. A NetworkJudge, from its file or, where that is missing or of other
+    images, trained and kept there; a Judge if the images are small and cond asks whether labels are followed;
+    or None."""
     if judged_by_network(real):
-        if file.exists():
-            return NetworkJudge.load(file, real, device)
-        judge = NetworkJudge.train(real, flip, device)
-        judge.save(file)
+        judge = NetworkJudge.load(file, real, device) if file.exists() else None
+        if judge is None:
+            judge = NetworkJudge.train(real, flip, device)
+            judge.save(file)
         return judge
     if cond:
         with bar("training the judge"):
@@ -334,10 +351,10 @@ class Scores:
 
     main: the first of the distances. of_data: what data themselves score: those that the judge was not
     trained on, or else as many fresh images as samples, estimated; data_title says which. held_out: Images
-    that nothing was trained on, for `copies`."""
+    that nothing was trained on, for `copies`; flip: whether networks were trained on mirrored images, too."""
 
-    def __init__(self, real, cond, judge, samples, fid_features=None, held_out=None):
-        self.real, self.cond, self.judge, self.held_out = real, cond, judge, held_out
+    def __init__(self, real, cond, judge, samples, fid_features=None, held_out=None, flip=False):
+        self.real, self.cond, self.judge, self.held_out, self.flip = real, cond, judge, held_out, flip
         self.features, self.detector = {"pixel_frechet": coarse_pixels}, "pixels, at most 16x16"
         by_network = isinstance(judge, NetworkJudge)
         if by_network:
@@ -371,17 +388,19 @@ class Scores:
         return row
 
     def copies(self, pixels, limit=2000):
-        """{score: value}: the main distance of samples to the images held out and to as many of those trained
-        on, and the copy_ratio of at most `limit` samples."""
-        chosen, _ = split(self.real.labels, len(self.held_out.pixels))
-        features_of = self.features[self.main]
-        samples = features_of(pixels)
-        to_trained = frechet_distance(samples, features_of(self.real.pixels[chosen]))
-        to_held_out = frechet_distance(samples, features_of(self.held_out.pixels))
+        """{score: value}: the distance of samples, on coarse pixels, to the images held out and to as many of
+        those trained on, and the copy_ratio of at most `limit` samples.
 
-        some, training, held_out = (
+        A judge's features would not do: it has learned from the images trained on, and from no others."""
+        chosen, _ = split(self.real.labels, len(self.held_out.pixels))
+        samples = coarse_pixels(pixels)
+        to_trained = frechet_distance(samples, coarse_pixels(self.real.pixels[chosen]))
+        to_held_out = frechet_distance(samples, coarse_pixels(self.held_out.pixels))
+
+        some = pixels[:limit]
+        some, mirrored, training, held_out = (
             to_float(part).flatten(1)  # [N, C, R, R] -> [N, D]
-            for part in (pixels[:limit], self.real.pixels, self.held_out.pixels))
+            for part in (some, some.flip(3), self.real.pixels, self.held_out.pixels))
         with bar("looking for copies"):
-            ratio = copy_ratio(some, training, held_out)
+            ratio = copy_ratio(some, training, held_out, mirrored if self.flip else None)
         return {"to_trained": to_trained, "to_held_out": to_held_out, "copy_ratio": ratio}

@@ -79,7 +79,9 @@ def grey_values(images):
 
 @cache
 def digit_judge():
-    """The grey values of the real digits, [1797, 64], and a classifier of such, trained on them."""
+    """The grey values of the real digits, [1797, 64], and a classifier of such, trained on them.
+
+    So the scores of judge() see all digits, also those that a miniature made with --hold-out never saw."""
     images, labels, _ = captioned_digits()
     return grey_values(images), Judge(grey_values(images), labels)
 

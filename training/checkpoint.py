@@ -33,7 +33,10 @@ def as_json(value):
             return getattr(value, "__qualname__", type(value).__qualname__)
         raise InputError(f"a checkpoint cannot keep the setting {value!r}: give numbers, texts, lists, dicts")
 
-    return json.loads(json.dumps(value, default=default))
+    try:
+        return json.loads(json.dumps(value, default=default))
+    except TypeError as error:  # a dict's key
+        raise InputError(f"a checkpoint cannot keep the settings {value!r}: {error}") from error
 
 
 def state_tensors(learners):

@@ -58,6 +58,11 @@ def shard(net, blocks=(), bf16=False):
     return net
 
 
+def largest_divisor(share, limit):
+    """The default micro-batch on a GPU: the largest divisor of a process's share of a batch up to a limit."""
+    return max(n for n in range(1, min(share, limit) + 1) if share % n == 0)
+
+
 def compile_networks(*nets):
     """torch.compile networks in place. A graph of theirs may be differentiated twice, and a network meets
     several sizes of batch, a block of SD3's 14 combinations of batch, gradients and adapter."""

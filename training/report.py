@@ -1,5 +1,6 @@
 """What the commands say at the end of a run: whether the teacher is one, a table of scores, the time."""
 
+import math
 import sys
 
 import torch
@@ -12,7 +13,8 @@ DEFECT_TIMES = (0.2, 0.5, 0.8, 0.95)  # each fault of a teacher hides at some t
 @torch.no_grad()
 def teacher_defect(name, teacher, x0, seed, **cond):
     """fgm.defect of a teacher on its own samples x0 [B, ...], at that of DEFECT_TIMES where it is furthest
-    from 0: {"t", "value", "standard_error"}. Warns if it is clear, as FGM needs the velocity of a flow.
+    from 0, or nan: {"t", "value", "standard_error"}. Warns if it is clear, as FGM needs the velocity of a
+    flow.
 
     name: the teacher's, for the warning. A collective call."""
     torch.manual_seed(seed)
@@ -20,9 +22,9 @@ def teacher_defect(name, teacher, x0, seed, **cond):
     for t in DEFECT_TIMES:
         value, error = fgm.defect(teacher, x0, t, **cond)
         defects.append({"t": t, "value": value, "standard_error": error})
-    worst = max(defects, key=lambda defect: abs(defect["value"]))
+    worst = max(defects, key=lambda defect: (math.isnan(defect["value"]), abs(defect["value"])))
 
-    clear = abs(worst["value"]) > max(0.3, 5 * worst["standard_error"])
+    clear = not abs(worst["value"]) <= max(0.3, 5 * worst["standard_error"])  # nan is clear, too
     if clear and fgm.process_rank() == 0:
         print(f"warning: {name} is not a flow's velocity: its defect is {worst['value']:.2f} at "
               f"t = {worst['t']}, not 0. Usual causes: its training paired noise with data (OT-CFM, "

@@ -166,6 +166,7 @@ def save_weights(net, path, metadata=None):
 RESULTS = (  # of all commands; what --overwrite removes, besides checkpoints. A new run draws the rest again.
     "generator.safetensors", "lora.safetensors", "judge.safetensors", "pipeline/model_index.json",
     "metrics.json", "config.json", "log.jsonl", "progress.png", "distill-" + 7 * "[0-9]" + ".png",
+    "movie.gif", "movie/" + 9 * "[0-9]" + ".png",
 )
 PHASES = {"teacher": "training the teacher", "distill": "distilling"}  # and the titles of their bars
 CURVES_EVERY = 60  # seconds between two drawings of progress.png, at least
@@ -190,8 +191,8 @@ class FolderRun(fgm.Run):
     settings that a resumed run must share. unit: what the progress bar counts, "steps" or "images".
     picture(step, generator) is called every picture_every steps and at the end of a distillation, with the
     averaged weights in place and without gradients; the dict of numbers that it may return goes into the log.
-    progress.png is drawn then, too. The other processes wait for the first one meanwhile; they must see the
-    same folder."""
+    progress.png is drawn then, too, and at the end without a picture(). The other processes wait for the
+    first one meanwhile; they must see the same folder."""
 
     def __init__(self, out, resume="same", save_every=1000, log_every=100, picture_every=None, picture=None,
                  fingerprint=None, unit="steps"):
@@ -219,12 +220,12 @@ class FolderRun(fgm.Run):
             shutil.rmtree(path)
 
         if self.resume == "no":
+            for name in RESULTS:
+                for path in self.out.glob(name):
+                    path.unlink()  # where this fails, the checkpoints are still there
             for phase in PHASES:
                 for path in checkpoint.checkpoints(self.folder, phase):
                     shutil.rmtree(path)
-            for name in RESULTS:
-                for path in self.out.glob(name):
-                    path.unlink()
 
     def steps(self, phase, steps, learners, settings):
         """The steps that are left, and what is due after each: picture, log, checkpoint. See fgm.Run."""
@@ -258,7 +259,7 @@ class FolderRun(fgm.Run):
                     self.draw(learners["generator"], done)
                 if logs:
                     self.write_log(done)
-                if draws and (done == steps or time.perf_counter() > self.curves_drawn + CURVES_EVERY):
+                if done == steps or draws and time.perf_counter() > self.curves_drawn + CURVES_EVERY:
                     self.draw_curves()
                 if saves:
                     seconds = time.perf_counter() - began

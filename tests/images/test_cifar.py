@@ -127,6 +127,7 @@ def gaussian_velocity(x, t, class_labels):
     (gaussian_velocity, False),
     (lambda x, t, **cond: -gaussian_velocity(x, t, **cond), True),
     (lambda x, t, **cond: gaussian_velocity(x, 1 - t, **cond), True),
+    (lambda x, t, **cond: gaussian_velocity(x, t, **cond) / (t != 0.95).view(-1, 1, 1, 1), True),  # inf, nan
 ])
 def test_a_teacher_that_is_no_flow_is_warned_of(teacher, warned, capsys):
     args = argparse.Namespace(seed=3, teacher="file.pkl")
@@ -157,6 +158,9 @@ def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
 def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, capfd):
     out, _ = finished
     teacher, data = out / "teacher.safetensors", photographs(tmp_path / "data", [2, 1], "ab")
+    net, about = load_network(teacher)
+    next(net.parameters()).data += 0.1
+    run.save_weights(net, tmp_path / "other.safetensors", {"about": json.dumps(about)})
     cases = [
         (["--data", "nowhere"], "neither cifar10, digits nor a folder"),
         (["--data", "digits", "--teacher", teacher], "conditional on 10 classes, asked for is 0"),
@@ -170,6 +174,8 @@ def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch, cap
         (["--quick", "--data", "digits"], "digits has resolution 8"),
         (["--data", "digits", "--attention", "7"], "the network's resolutions are [8, 4]"),
         ([*SMALL, "--cond", "--out", out, "--lr", "0.5"], "resume"),
+        ([*SMALL, "--cond", "--out", out, "--teacher", tmp_path / "other.safetensors"], "(teacher_weights "),
+        (["--data", "digits", "--cond", "--hold-out", "--teacher", teacher], "images that are held out"),
         ([*SMALL, "--cond", "--out", out, "--overwrite", "--fid", "--inception-weights", teacher], "no FID"),
         (["--data", data, "--hold-out"], "--hold-out needs at least ten images"),
         (["--data", data, "--out", data / "runs"], "lies in the data folder"),
@@ -194,13 +200,6 @@ def test_quick_runs_in_bfloat16_on_a_cpu_that_is_fast_in_it(device, can, precisi
     assert (args.precision, args.resolution) == (precision, resolution)
     monkeypatch.setattr(sys, "argv", ["cifar.py", "--quick", "--device", device, "--precision", "fp32"])
     assert cifar.arguments().precision == "fp32"
-
-
-@pytest.mark.parametrize("device, batch, micro_batch", [
-    ("cpu", 512, 512), ("cuda", 512, 128), ("cuda", 100, 100), ("cuda", 300, 100),
-])
-def test_default_micro_batch(device, batch, micro_batch):
-    assert cifar.default_micro_batch(batch, torch.device(device)) == micro_batch
 
 
 def photographs(data, counts, names):
@@ -247,6 +246,12 @@ def test_quick_run_on_photographs_a_part_of_which_is_held_out(tmp_path, monkeypa
     # Samples drawn later have the data's shares.
     assert drive_here(cifar, "--sample", "24", "--npz", "--out", out).returncode == 0
     assert np.load(out / "samples-one-step.npz")["labels"].sum() == 8
+
+    # The teacher was trained on the same part, and serves another run.
+    other = ["--out", tmp_path / "other", "--teacher", out / "teacher.safetensors"]
+    assert drive_here(cifar, *line, *other).returncode == 0
+    same = [load_network(folder / "teacher.safetensors")[1] for folder in (out, tmp_path / "other")]
+    assert same[0] == same[1]
 
     # Images of the same name that changed are noticed before anything is lost.
     (data / names[0] / "1.png").write_bytes((data / names[0] / "0.png").read_bytes())

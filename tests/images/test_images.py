@@ -230,6 +230,16 @@ def test_copy_ratio_is_1_for_fresh_images_and_less_for_copies():
     assert scores.copy_ratio(half, training, held_out) == pytest.approx(0.875, abs=0.03)
 
 
+@pytest.mark.parametrize("flip, ratio", [(True, 0.75), (False, 1)])
+def test_mirrored_copies_are_copies_where_networks_see_mirrored_images(flip, ratio):
+    pixels = torch.randint(256, (1000, 1, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
+    every = images.Images(pixels, torch.zeros(1000).long(), ["a"])
+    training, held_out = every.rows(slice(200, None)), every.rows(slice(200))
+    scorer = scores.Scores(training, False, None, 800, held_out=held_out, flip=flip)
+    row = scorer.copies(training.pixels.flip(3))
+    assert row["copy_ratio"] == pytest.approx(ratio, abs=0.03)
+
+
 # ---- Judges ------------------------------------------------------------------------------------------------
 
 
@@ -284,8 +294,12 @@ def test_judge_file_is_used_again_or_refused(judge, large_digits, tmp_path):
     assert torch.equal(again.features(some), judge.features(some))
     assert again.own_accuracy == judge.own_accuracy
 
-    with refused("size mismatch"):
-        scores.NetworkJudge.load(path, large_digits._replace(classes=list("abc")), CPU)
+    part = large_digits.rows(slice(60))
+    for others in (large_digits._replace(classes=list("abc")), part):
+        assert scores.NetworkJudge.load(path, others, CPU) is None
+    assert scores.judge_of(part, False, False, CPU, path).trained_on["images"] == part.fingerprint()
+    assert scores.NetworkJudge.load(path, part, CPU) is not None
+    judge.save(path)
     path.write_bytes(path.read_bytes()[:-100])
     with refused("damaged"):
         scores.NetworkJudge.load(path, large_digits, CPU)

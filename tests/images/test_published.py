@@ -199,6 +199,7 @@ def test_network_files_are_read(generator, tmp_path):
 @pytest.mark.parametrize("changes", [
     dict(colour=3), dict(img_resolution="8"), dict(in_channels=10**9, out_channels=10**9),
     dict(channel_mult=[1, 10**9]), dict(class_counts=[1]), dict(tensors={"x": torch.ones(1)}),
+    dict(classes=None), dict(generator=GENERATOR | {"c_in": "1"}), dict(generator=["t_star"]),
 ], ids=str)
 def test_hostile_network_files_are_refused(changes, tmp_path):
     refusal(load_network, network_file(tmp_path / "hostile.safetensors", **changes))
@@ -210,6 +211,10 @@ def test_classes_and_their_counts_must_fit(tmp_path):
     assert load_network(path)[1]["classes"] == ["a", "b"]
     network_file(path, net.state_dict(), label_dim=2, classes=["a", "b"], class_counts=[1])
     refusal(load_network, path)
+    network_file(path, net.state_dict(), label_dim=2, classes=["a", "b"], class_counts=[1, 0.5])
+    assert "class_counts" in refusal(load_network, path)
+    network_file(path, net.state_dict(), label_dim=2, classes=["a"], class_counts=[1, 2])
+    assert "its classes" in refusal(load_network, path)
 
 
 def test_what_is_no_network_file_is_refused(tmp_path):

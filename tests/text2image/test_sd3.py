@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from filelock import FileLock
 from helpers import assert_refused, drive_here
 from safetensors.torch import load_file
 
@@ -102,9 +103,17 @@ def test_interrupted_run_resumed_equals_uninterrupted_wherever_its_files_lie(
         (tmp_path / "resumed" / name).unlink()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(model.parent)
+    score, lock_while_scoring = sd3.score, []
+
+    def watched(*arguments):
+        lock = FileLock(tmp_path / "resumed" / ".lock", timeout=0, is_singleton=True)
+        lock_while_scoring.append(lock.is_locked)
+        return score(*arguments)
+
+    monkeypatch.setattr(sd3, "score", watched)
     arguments = ["--model", "model", "--out=~/resumed", "--real", "./model/../model/images", *SMALL]
     done = drive_here(sd3, *arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and lock_while_scoring == [True], done.stderr
     whole, resumed = (load_file(out / "generator.safetensors") for out in (finished[0], tmp_path / "resumed"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -161,12 +170,17 @@ def test_bad_input_is_one_line_and_status_2(finished, model, models, tmp_path, m
     assert_refused(sd3, cases, out, monkeypatch, capfd)
 
 
-def test_what_cannot_be_loaded_is_found_before_prompts_are_encoded(model, tmp_path):
+@pytest.mark.parametrize("again", [[], ["--overwrite"]])
+def test_what_cannot_be_loaded_is_found_before_prompts_are_encoded(again, model, tmp_path):
+    """And with --overwrite before anything is removed."""
+    if again:
+        (tmp_path / "out" / "checkpoints" / "distill-000000003").mkdir(parents=True)
     broken = shutil.copytree(model, tmp_path / "broken")
     (broken / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
-    done = drive_here(sd3, "--model", broken, "--out", tmp_path / "out", *SMALL)
+    done = drive_here(sd3, "--model", broken, "--out", tmp_path / "out", *SMALL, *again)
     assert done.returncode == 2 and "cannot load" in done.stderr and "broken/vae" in done.stderr
     assert not (tmp_path / "out" / "embeddings").exists()
+    assert len(list((tmp_path / "out").glob("checkpoints/*"))) == len(again)
 
 
 @pytest.mark.parametrize("name, guidance", [

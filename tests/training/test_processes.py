@@ -37,6 +37,13 @@ def test_two_processes_equal_one(finished, tmp_path):  # noqa: F811
         assert all((one[key] - two[key]).norm() <= 1e-4 * one[key].norm() for key in one)
 
 
+@pytest.mark.parametrize("share, limit, micro_batch", [
+    (512, 128, 128), (100, 128, 100), (300, 128, 100), (6, 4, 3),
+])
+def test_default_micro_batch_divides_the_share(share, limit, micro_batch):
+    assert processes.largest_divisor(share, limit) == micro_batch
+
+
 def distil_with_pictures(folder):
     """As a large network, which several processes share, and as a small one; goes on with what is there."""
     processes.setup("cpu")

@@ -196,12 +196,21 @@ def test_starting_again_removes_what_an_earlier_run_wrote_and_nothing_else(tmp_p
     mine = ["mine.png", "teacher.safetensors", "pipeline/mine.py", "movie/mypicture.png",
             "distill-results.png", "teacher-my-steps.png"]
     results = ["distill-0000500.png", "progress.png", "lora.safetensors", "config.json", "metrics.json",
-               "judge.safetensors", "pipeline/model_index.json"]
+               "judge.safetensors", "pipeline/model_index.json", "movie.gif", "movie/000000500.png"]
     for name in mine + results:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("earlier")
     FolderRun(tmp_path, resume="no")
     assert sorted(path.relative_to(tmp_path).as_posix() for path in contents(tmp_path)) == sorted(mine)
+
+
+def test_starting_again_keeps_the_checkpoints_where_a_result_cannot_be_removed(tmp_path):
+    checkpoint_folder = tmp_path / "checkpoints" / "distill-000000005"
+    for folder in (checkpoint_folder, tmp_path / "metrics.json"):
+        folder.mkdir(parents=True)
+    with pytest.raises(fgm.InputError, match="metrics.json"):
+        FolderRun(tmp_path, resume="no")
+    assert checkpoint_folder.exists()
 
 
 class Sometimes(torch.nn.Module):
@@ -293,6 +302,9 @@ def test_what_a_checkpoint_cannot_keep_is_said_before_the_first_step(tmp_path):
     with pytest.raises(fgm.InputError, match="cannot keep the setting .*Path"):
         distilled(run=run, weight=lambda t, u, target: calls.append(t))
     assert calls == []
+    with pytest.raises(fgm.InputError, match="cannot keep the settings .*keys must be str"):
+        distilled(run=FolderRun(tmp_path, fingerprint={("a", "b"): 1}))
     distilled(run=FolderRun(tmp_path), lr=np.float32(1e-3), seed=np.int64(3))
     saved = json.loads((tmp_path / "checkpoints/distill-000000008/checkpoint.json").read_text())
+    assert (tmp_path / "progress.png").stat().st_size > 10_000  # without a picture function, too
     assert saved["settings"]["seed"] == 3 and saved["settings"]["lr"] == float(np.float32(1e-3))
