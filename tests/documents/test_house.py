@@ -138,9 +138,9 @@ def test_code_lines_are_counted():
 def test_the_house_stays_small():
     """Air and explanations are free: what counts is lines of code."""
     tests = [path.read_text() for path in ROOT.glob("tests/**/*.py")]
-    assert code_lines(SOURCES["fgm"]) <= 460
-    assert sum(map(code_lines, SOURCES.values())) <= 3000
-    assert sum(map(code_lines, tests)) <= 2600
+    assert code_lines(SOURCES["fgm"]) <= 470
+    assert sum(map(code_lines, SOURCES.values())) <= 4150
+    assert sum(map(code_lines, tests)) <= 3350
 
 
 def flags_of(command, monkeypatch):
