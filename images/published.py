@@ -236,7 +236,7 @@ def load_network(path):
         label_dim = about["network"]["label_dim"]
         counts = about.setdefault("class_counts", [1] * label_dim)  # older files: all classes alike
         if len(counts) != label_dim or not all(type(count) is int and count > 0 for count in counts):
-            raise InputError("its class_counts are not a number of images for each class")
+            raise InputError("its class_counts are not positive integers, one for each class")
         names = about.get("classes")
         if not isinstance(names, list) or label_dim not in (0, len(names)):
             raise InputError("its classes are not a name for each class")

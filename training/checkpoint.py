@@ -36,7 +36,7 @@ def as_json(value):
     try:
         return json.loads(json.dumps(value, default=default))
     except TypeError as error:  # a dict's key
-        raise InputError(f"a checkpoint cannot keep the settings {value!r}: {error}") from error
+        raise InputError(f"a checkpoint cannot keep a setting: {error}") from error
 
 
 def state_tensors(learners):
