@@ -298,18 +298,20 @@ def main():
 
     about = {"network": network, "data": args.data, "images": real.fingerprint(), "classes": real.classes,
              "class_counts": class_counts}
-    folder_run = run.folder_run(args, out)
-    folder_run.fingerprint = {"images": about["images"], "network": network, "flip": args.flip}
-    if args.overwrite and not args.teacher and fgm.process_rank() == 0:
-        (out / "teacher.safetensors").unlink(missing_ok=True)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
     settings = flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch))
 
-    # One distillation step now: what would stop it should not do so after the teacher's training.
+    # One distillation step now: what would stop it should not do so after the teacher's training, nor after
+    # --overwrite has removed the run before.
     fgm.distill(teacher, generator, flow, shape, conditions=conditions, extra=copy.deepcopy(gan),
                 **settings | {"steps": 1})
     if args.compile:
         processes.compile_networks(teacher, flow, net)
+
+    folder_run = run.folder_run(args, out)
+    folder_run.fingerprint = {"images": about["images"], "network": network, "flip": args.flip}
+    if args.overwrite and not args.teacher and fgm.process_rank() == 0:
+        (out / "teacher.safetensors").unlink(missing_ok=True)
 
     # The teacher, by ReFlow (3.6), or a given one.
     seconds, defect = {"teacher": 0.0}, None

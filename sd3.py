@@ -116,7 +116,9 @@ def defaults(given):
     config = Path(given.out) / "config.json"
     if (given.sample or given.geneval) and config.exists():
         of_run = files.read_json(config).get("settings", {})
-        same_model = Path(given.model).resolve() == Path(of_run.get("model", "")).resolve()
+        if not isinstance(of_run, dict) or not isinstance(of_run.get("model"), str):
+            raise InputError(f"{config} is damaged: it does not name the run's model")
+        same_model = Path(given.model).resolve() == Path(of_run["model"]).resolve()
         if same_model or given.model == PAPER["model"]:
             return PAPER | {name: of_run[name] for name in OF_TEACHER if name in of_run}
     if is_miniature(given.model) and not given.paper:

@@ -33,6 +33,7 @@ from training.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
 from training.progress import bar, batches
 from training.run import command, with_sum
 
+STARTS_AGAIN = "python tiny_sd3.py with the same flags starts again\n"  # in the file UNFINISHED
 TRANSFORMER = dict(
     sample_size=4, patch_size=1, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2,
     attention_head_dim=16, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64,
@@ -191,6 +192,7 @@ def build(args, out):
     pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, **text_parts())
     flow_seconds = train_transformer(pipe, digits, args.kimg, args.batch, args.lr, args.seed)
 
+    (out / UNFINISHED).write_text(STARTS_AGAIN, encoding="utf-8")
     pipe.save_pretrained(out)
     (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS), encoding="utf-8")
     save_images(digits, out / "images")
@@ -206,10 +208,12 @@ def main():
     args = parser.parse_with(lambda given: DEFAULTS)
     out = Path(args.out)
     unfinished = out / UNFINISHED
-    if (out / "model_index.json").exists() and not unfinished.exists() and not args.overwrite:
+    finished = (out / "model_index.json").exists() and not unfinished.exists()
+    if finished and not args.overwrite:
         raise InputError(f"{out} holds a pipeline already; --overwrite replaces it")
     open_folder(out)
-    unfinished.write_text("python tiny_sd3.py with the same flags starts again\n", encoding="utf-8")
+    if not finished:  # a finished one is kept until it is replaced
+        unfinished.write_text(STARTS_AGAIN, encoding="utf-8")
     quiet()
     parameters, rms, seconds = build(args, out)
 

@@ -225,7 +225,7 @@ class NetworkJudge:
             about = json.loads(file.metadata()["judge"])
             if {name: about.get(name) for name in judge.trained_on} != judge.trained_on:
                 return None
-            judge.own_accuracy = about["own_accuracy"]
+            judge.own_accuracy = about["own_accuracy"] and float(about["own_accuracy"])
             judge.net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
         return judge
 

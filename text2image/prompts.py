@@ -163,10 +163,14 @@ class Rows:
     {name: [B, ...]} on the device. null: the row of the empty prompt, {name: [1, ...]}."""
 
     def __init__(self, paths, number, device, null=None):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        self.number, self.device, self.null = number, device, null
-        self.files = [safe_open(path, "pt") for path in paths]
+        self.number, self.device, self.null, self.files = number, device, null, []
+        for path in paths:
+            try:
+                self.files.append(safe_open(path, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{path} is damaged ({error}): remove it, and it is made again") from error
 
     def __len__(self):
         return self.number

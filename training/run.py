@@ -26,7 +26,7 @@ from training.processes import first_process, wait_for_first
 
 # ---- A command ---------------------------------------------------------------------------------------------
 
-STOPPED = "stopped; the same command without --overwrite goes on from the last checkpoint, if there is one"
+STOPPED = "stopped; the same command without --overwrite goes on from the last checkpoint, or starts again"
 
 
 def command(main):

@@ -54,7 +54,7 @@ def test_every_command_line_parses(name, monkeypatch):
 
 
 ROW = r"^\| \[[^]]+\]\(results/(\S+)\.json\): `python ([^`]+)` \| (.+) \| (.+) \| .+ \|$"
-NUMBERS = r"[\d.]+ \(([\d.]+) to ([\d.]+)\)"  # the median, then the least and the most
+NUMBERS = r"[\d.]+\*{0,2} \(([\d.]+) to ([\d.]+)\)"  # the median, then the least and the most
 
 
 def test_the_results_table_shows_the_stored_runs():
