@@ -10,6 +10,7 @@ import itertools
 import statistics
 import tempfile
 import time
+import warnings
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -270,6 +271,7 @@ def main():
     if args.json:
         open_folder(Path(args.json).parent)  # raises now, not when all is measured
     quiet()
+    warnings.filterwarnings("ignore", "what the generator makes")  # of networks that are not trained
 
     hardware = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
