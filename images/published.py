@@ -26,6 +26,8 @@ def refusals(path, kind):
     """Turn every error inside into an InputError that names the file: a foreign file can fail in any way.
 
     kind: what the file should have been."""
+    if Path(path).is_dir():
+        raise InputError(f"cannot read {path}: it is a folder, and a file is needed")
     try:
         yield
     except OSError as error:

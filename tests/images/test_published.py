@@ -223,8 +223,8 @@ def test_what_is_no_network_file_is_refused(tmp_path):
         save_file(small_net().state_dict(), path, metadata)
         assert "no network file of cifar.py" in refusal(load_network, path)
     for load in (load_edm, load_network):
-        for nothing in (tmp_path, tmp_path / "missing"):
-            assert "cannot read" in refusal(load, nothing)
+        assert f"cannot read {tmp_path}: it is a folder" in refusal(load, tmp_path)
+        assert "cannot read" in refusal(load, tmp_path / "missing")
 
 
 def test_a_teacher_must_fit_the_data(tmp_path):
