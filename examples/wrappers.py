@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import fgm
+from training.run import command
 
 
 class Wrapper(nn.Module):
@@ -129,4 +130,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -47,3 +47,10 @@ def test_two_processes_print_the_numbers_of_one(alone):
     for name in one:
         assert float(two[name]) == pytest.approx(float(one[name]), abs=1.1e-3), name  # a last digit
     assert float(one["teacher, 50 steps"]) > 0.02  # 30 steps of training are few
+
+
+def test_the_table_of_wrappers_may_be_cut_off():
+    line = f"set -o pipefail; {sys.executable} -m examples.wrappers | head -n 1"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.startswith("defect at t =")
