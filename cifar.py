@@ -29,7 +29,7 @@ from images import data as images
 from images import scores
 from images.published import image_shape, load_edm, load_network, load_teacher  # noqa: F401
 from images.unet import Block, EDMUNet, build, keep_features  # noqa: F401
-from training import files, flags, processes, report, run
+from training import checkpoint, files, flags, processes, report, run
 from training.flags import COUNT, POSITIVE, Setting
 from training.gan import GAN
 
@@ -312,6 +312,10 @@ def main():
     folder_run.fingerprint = {"images": about["images"], "network": network, "flip": args.flip}
     if args.overwrite and not args.teacher and fgm.process_rank() == 0:
         (out / "teacher.safetensors").unlink(missing_ok=True)
+    begun = {phase for phase in run.PHASES if checkpoint.checkpoints(folder_run.folder, phase)}
+    if begun == {"distill"} and not args.teacher and not args.resume:
+        raise InputError(f"{out} holds a run that was given its --teacher: give it again, or --overwrite, or "
+                         "name another --out")
 
     # The teacher, by ReFlow (3.6), or a given one.
     seconds, defect = {"teacher": 0.0}, None

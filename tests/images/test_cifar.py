@@ -101,7 +101,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_a_teacher_under_another_path_goes_on(finished, tmp_path, monkeypatch):
+def test_a_teacher_under_another_path_goes_on(finished, tmp_path, monkeypatch, capfd):
     """~ is the home. The teacher's defect is told each time."""
     shutil.copy(finished[0] / "teacher.safetensors", tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -115,6 +115,8 @@ def test_a_teacher_under_another_path_goes_on(finished, tmp_path, monkeypatch):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     value, error, t = (metrics["defect"][name] for name in ("value", "standard_error", "t"))
     assert error > 0 and f"flow's velocity: {value:.3f} +- {error:.3f} at t = {t}\n" in done.stdout
+    without = [(line[:-1], "holds a run that was given its --teacher")]  # which a new one would replace
+    assert_refused(cifar, without, tmp_path / "out", monkeypatch, capfd)
 
 
 def gaussian_velocity(x, t, class_labels):
