@@ -12,6 +12,7 @@ toy2d.ipynb verifies the theory on these data sets and shows how distillation go
 import copy
 import math
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -125,7 +126,7 @@ def arguments():
 def main():
     args = arguments()
     device = setup(args.device)
-    fgm.micro_batches(args.batch, args.micro_batch)  # raises InputError if they do not divide
+    try_one_step(args, device)
     out = Path(args.out or f"runs/{args.data}")
     folders = {args.data: out}
     if args.data == "all":
@@ -137,16 +138,28 @@ def main():
         train_and_score(args, name, device, run)
 
 
-def train_and_score(args, name, device, run):
-    """Train a teacher of the data set, distil it, score both."""
+def make_networks(args, device):
+    """(teacher, generator, online flow) as a run begins with them."""
     torch.manual_seed(args.seed)
     net = VelocityMLP().to(device)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for network in (teacher, flow, net):
         shard(network)
+    return teacher, fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out), flow
+
+
+def try_one_step(args, device):
+    """One distillation step with networks that are then thrown away: what would stop it should do so before
+    --overwrite has removed the run before."""
+    with warnings.catch_warnings(action="ignore"):  # these networks are not trained
+        fgm.distill(*make_networks(args, device), (2,), **flags.distillation_settings(args, steps=1))
+
+
+def train_and_score(args, name, device, run):
+    """Train a teacher of the data set, distil it, score both."""
+    teacher, generator, flow = make_networks(args, device)
     if args.compile:
-        compile_networks(teacher, flow, net)
-    generator = fgm.OneStepGenerator(net, args.t_star, args.c_in, args.c_skip, args.c_out)
+        compile_networks(teacher, generator.net, flow)
     data = toy_data(name, TRAINING_SAMPLES, args.seed).to(device)
 
     run.fingerprint = {"data": name}
@@ -154,7 +167,7 @@ def train_and_score(args, name, device, run):
         teacher, lambda seeds: (data[(seeds % len(data)).to(device)], {}), steps=args.teacher_steps,
         run=run, **flags.teacher_settings(args))
 
-    net.load_state_dict(teacher.state_dict())
+    generator.net.load_state_dict(teacher.state_dict())
     flow.load_state_dict(teacher.state_dict())
     run.fingerprint = {"data": name, "teacher_weights": fingerprint_of(teacher)}
     run.picture = make_picture(args, name, data, teacher, run.out)

@@ -253,6 +253,17 @@ def test_other_settings_in_the_folder_are_refused_without_resume(copied):
     assert logged(copied) == [*ALL_LINES, ("distill", 50)]
 
 
+def test_a_step_that_cannot_be_made_loses_no_run(copied, monkeypatch):
+    def distill(*arguments, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(fgm, "distill", distill)
+    before = contents(copied)
+    done = drive_here(toy2d, *SMALL, "--out", copied, "--overwrite")
+    assert done.returncode == 2 and "toy2d.py: out of memory" in done.stderr
+    assert contents(copied) == before
+
+
 def test_damaged_checkpoint_is_refused_and_the_one_before_is_named(copied):
     newest, before = (copied / "checkpoints" / f"distill-{step:09d}" for step in (40, 30))
     tensors, saved = next(newest.glob("*.safetensors")), newest / "checkpoint.json"
