@@ -264,8 +264,7 @@ FLAGS = {
 
 
 def main():
-    parser = flags.Parser(prog="bench.py", description="Measure what the project's code costs.")
-    flags.add_flags(parser.add_argument, FLAGS)
+    parser = flags.Parser({"settings": FLAGS}, prog="bench.py", description="Measure what the code costs.")
     args = parser.parse_with(lambda given: {"repeats": 5})
     device = setup(args.device)
     if args.json:

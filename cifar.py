@@ -89,8 +89,7 @@ FLAGS = {  # by their group in --help
         "dropout": Setting(float, "[0, 1)", "when the teacher trains"),
         "teacher_kimg": Setting(float, POSITIVE, "thousand images to train the teacher on"),
         **flags.TEACHER_FLAGS,
-        "teacher_ema": Setting(float, flags.RANGES["ema_decay"], "of the teacher's moving average",
-                               metavar="DECAY"),
+        "teacher_ema": Setting(float, flags.DECAY, "of the teacher's moving average", metavar="DECAY"),
     },
     "distillation (Algorithm 1; section 5.1, appendix B.1)": {
         "kimg": Setting(float, POSITIVE, "thousand images to distil with"),
@@ -99,7 +98,6 @@ FLAGS = {  # by their group in --help
                                         "times that", metavar="WEIGHT"),
         **flags.EVERYDAY_FLAGS,
     },
-    "advanced": flags.ADVANCED_FLAGS,
     "scores": {
         "samples": Setting(int, "[2, 1e9]", "images scored"),
         "fid": Setting(bool, None, "Inception FID by torch-fidelity against the training images; "
@@ -113,6 +111,7 @@ FLAGS = {  # by their group in --help
         "classes": Setting(int, "[0, 1e9]", "draw these in turn, not each as often as in the data", "+"),
         "npz": Setting(bool, None, "also write the images as a uint8 array"),
     },
+    "advanced": flags.ADVANCED_FLAGS,
 }
 NEEDS = {"generator": ["sample"], "ode_steps": ["sample"], "classes": ["sample"], "npz": ["sample"],
          "inception_weights": ["fid"]}
@@ -131,13 +130,11 @@ def defaults(given):
 
 def arguments():
     parser = flags.Parser(
-        prog="cifar.py",
+        FLAGS, prog="cifar.py",
         description="Train, distil, sample and score a one-step image generator (FGM, arXiv 2410.19310).",
         epilog="The defaults shown are the paper's, but for --lr-warmup, --teacher-t and the start, which it "
                "does not state; the teacher's Adam has a beta1 of 0.9, not 0. See also --data digits --help.")
-    for title, settings in FLAGS.items():
-        flags.add_flags(parser.add_argument_group(title).add_argument, settings)
-    args = parser.parse_with(defaults, lambda args: NEEDS)
+    args = parser.parse_with(defaults, NEEDS)
     if args.quick and args.paper:
         parser.error("--quick and --paper contradict each other: give one of them")
     if args.generator and args.ode_steps:

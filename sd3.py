@@ -86,7 +86,6 @@ FLAGS = {  # by their group in --help
         "kimg": Setting(float, flags.POSITIVE, "thousand images to distil with"),
         **flags.EVERYDAY_FLAGS,
     },
-    "advanced": flags.ADVANCED_FLAGS,
     "GAN (appendix B.2)": {
         "real": Setting(flags.path, None, "real images with captions in metadata.jsonl, metadata.csv or "
                                           "NAME.txt; turns the GAN on", metavar="DIR"),
@@ -102,9 +101,8 @@ FLAGS = {  # by their group in --help
         "geneval": Setting(flags.path, None, "draw 4 images per prompt into OUT/geneval, laid out for "
                                              "GenEval's scorer", metavar="METADATA.jsonl"),
     },
+    "advanced": flags.ADVANCED_FLAGS,
 }
-
-
 OF_TEACHER = ("model", "guidance", "height", "width")  # what --sample takes over from the run in OUT
 NEEDS = {"n": ["sample"], "ode_steps": ["sample", "geneval"], "gan_generator": ["real"],
          "gan_discriminator": ["real"]}
@@ -135,15 +133,13 @@ def defaults(given):
 
 def arguments():
     parser = flags.Parser(
-        prog="sd3.py",
+        FLAGS, prog="sd3.py",
         description="Distil Stable Diffusion 3 into a one-step pipeline (FGM, arXiv 2410.19310).",
         epilog="The defaults are the paper's where it gives a value; --kimg, --ema, intervals, --samples and "
                "t in the GAN (--t-flow) are ours. With a folder of tiny_sd3.py as --model they are the "
                "miniature's.")
-    for title, settings in FLAGS.items():
-        flags.add_flags(parser.add_argument_group(title).add_argument, settings)
     parser.set_defaults(**PAPER)
-    args = parser.parse_with(defaults, lambda args: NEEDS)
+    args = parser.parse_with(defaults, NEEDS)
     if args.sample and args.geneval:
         raise InputError("--sample and --geneval draw different images: give one of them")
     if args.height % 16 or args.width % 16:

@@ -29,7 +29,7 @@ from text2image.pipeline import UNFINISHED, draw, quiet, text_embeddings
 from text2image.transformer import SD3Velocity
 from training import flags, report
 from training.files import open_folder, write_json
-from training.flags import COUNT, RUN_FLAGS, Parser, Setting, add_flags
+from training.flags import COUNT, RUN_FLAGS, Parser, Setting
 from training.progress import bar, batches
 from training.run import command, with_sum
 
@@ -202,9 +202,8 @@ def build(args, out):
 
 def main():
     parser = Parser(
-        prog="tiny_sd3.py",
+        {"settings": FLAGS}, prog="tiny_sd3.py",
         description="Build and train a miniature Stable Diffusion 3 pipeline on captioned digits.")
-    add_flags(parser.add_argument, FLAGS)
     args = parser.parse_with(lambda given: DEFAULTS)
     out = Path(args.out)
     unfinished = out / UNFINISHED

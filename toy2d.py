@@ -117,9 +117,7 @@ HEUN_STEPS = 25  # 49 evaluations
 
 def arguments():
     about = "Distil a 2-D flow model into a one-step generator (FGM, arXiv 2410.19310)."
-    parser = flags.Parser(prog="toy2d.py", description=about)
-    for title, settings in FLAGS.items():
-        flags.add_flags(parser.add_argument_group(title).add_argument, settings)
+    parser = flags.Parser(FLAGS, prog="toy2d.py", description=about)
     return parser.parse_with(lambda given: DEFAULTS)
 
 

@@ -9,8 +9,7 @@ import fgm
 from fgm import InputError
 
 # What a setting may be: an interval; a tuple of intervals, one for each number of a pair; or a list of words.
-COUNT, POSITIVE, LOGIT_NORMAL = "[1, 1e9]", "(0, 1e9]", ("[-20, 20]", "[0, 20]")
-RANGES = {"ema_decay": "[0, 1)"}
+COUNT, POSITIVE, DECAY, LOGIT_NORMAL = "[1, 1e9]", "(0, 1e9]", "[0, 1)", ("[-20, 20]", "[0, 20]")
 
 
 def within(number, interval):
@@ -72,7 +71,7 @@ EVERYDAY_FLAGS = {
     "batch": Setting(int, COUNT, "samples of one step, over all processes"),
     "lr": Setting(float, POSITIVE, "learning rate of the generator"),
     "flow_lr": Setting(float, POSITIVE, "learning rate of the online flow"),
-    "ema": Setting(float, RANGES["ema_decay"], "decay of the generator's moving average", metavar="DECAY"),
+    "ema": Setting(float, DECAY, "decay of the generator's moving average", metavar="DECAY"),
     "no_ema": Setting(bool, None, "use the generator's last weights instead of their moving average"),
     "l1_weight": Setting(float, "[-10, 10]", "weight of L1 in the loss L2 + weight * L1; 1: the exact "
                          "gradient and the cheapest; 0: the paper's choice on images; -0.4: SiD's "
@@ -132,18 +131,17 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def add_flags(add, settings):
-    """One flag per row; add: a parser's or group's add_argument. Defaults come from Parser.parse_with."""
-    for name, setting in settings.items():
-        if setting.kind is bool:
-            add(flag(name), action="store_true", help=setting.help)
-        elif setting.kind is argparse.BooleanOptionalAction:
-            add(flag(name), action=setting.kind, help=setting.help)
-        else:
-            choices = setting.allowed if isinstance(setting.allowed, list) else None
-            action = add(flag(name), type=setting.kind, nargs=setting.count, choices=choices,
-                         metavar=setting.metavar, help=setting.help)
-            action.setting = setting
+def add_flag(group, name, setting):
+    """The flag of a setting, in a group of --help. Its default comes from Parser.parse_with."""
+    if setting.kind is bool:
+        options = dict(action="store_true")
+    elif setting.kind is argparse.BooleanOptionalAction:
+        options = dict(action=setting.kind)
+    else:
+        choices = setting.allowed if isinstance(setting.allowed, list) else None
+        options = dict(type=setting.kind, nargs=setting.count, choices=choices, metavar=setting.metavar)
+    action = group.add_argument(flag(name), help=setting.help, **options)
+    action.setting = setting
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -156,35 +154,40 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses a bad command line, ranges included, with one line on stderr and exit status 2."""
+    """Refuses a bad command line, ranges included, with one line on stderr and exit status 2.
 
-    def __init__(self, **settings):
-        super().__init__(formatter_class=Help, allow_abbrev=False, **settings)
+    groups: {title in --help: {name: Setting}}; texts: argparse's prog, description, epilog."""
+
+    def __init__(self, groups, **texts):
+        super().__init__(formatter_class=Help, allow_abbrev=False, **texts)
+        for title, settings in groups.items():
+            group = self.add_argument_group(title)
+            for name, setting in settings.items():
+                add_flag(group, name, setting)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def parse_with(self, choose, needs=lambda args: {}):
+    def parse_with(self, choose, needs=None):
         """The parsed command line. choose(args as given) -> {name: default}, which --help shows, too.
 
-        needs(args) -> {name: names of flags of which it needs one}; without them it is refused."""
+        needs: {name: names of settings without any of which it is refused}."""
         words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
         self.set_defaults(seed=0, precision="auto")
         self.set_defaults(**choose(self.parse_known_args(words)[0]))
         args = self.parse_args()
 
-        for action in self._actions:
-            if hasattr(action, "setting"):
-                try:
-                    action.setting.check(f"argument {action.option_strings[0]}:", getattr(args, action.dest))
-                except InputError as error:
-                    self.error(error)
+        for action in self._actions[1:]:  # the first is --help
+            try:
+                action.setting.check(f"argument {flag(action.dest)}:", getattr(args, action.dest))
+            except InputError as error:
+                self.error(error)
 
         if getattr(args, "resume", False) and args.overwrite:
             self.error("--resume keeps the run in OUT and --overwrite deletes it: give one of them")
 
         given = {word.partition("=")[0] for word in words}
-        for name, others in needs(args).items():
+        for name, others in (needs or {}).items():
             if flag(name) in given and not any(getattr(args, other) for other in others):
                 self.error(f"{flag(name)} means nothing without {' or '.join(map(flag, others))}")
         return args

@@ -42,14 +42,14 @@ def test_a_path_may_begin_with_the_users_folder(monkeypatch):
 
 def test_a_flag_that_needs_another_one(monkeypatch, capsys):
     def parse(*words):
-        parser = flags.Parser(prog="draw.py")
-        flags.add_flags(parser.add_argument, {
+        settings = {
             "sample": Setting(int, "[1, 9]", ""),
             "npz": Setting(bool, None, ""),
             "out": Setting(str, None, ""),
-        })
+        }
         monkeypatch.setattr(sys, "argv", ["draw.py", *words])
-        return parser.parse_with(lambda given: {"out": "runs"}, lambda args: {"npz": ["sample"]})
+        parser = flags.Parser({"": settings}, prog="draw.py")
+        return parser.parse_with(lambda given: {"out": "runs"}, {"npz": ["sample"]})
 
     assert vars(parse("--npz", "--sample=2")) == {
         "sample": 2, "npz": True, "out": "runs", "seed": 0, "precision": "auto"}
