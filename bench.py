@@ -1,7 +1,9 @@
 """What a distillation step costs: against its bare network passes, and against SiD's loop.
 
-    python bench.py                     # a few minutes on 2 CPU cores; on a GPU also bf16 and the peak memory
+    python bench.py                                 # a few minutes on 2 CPU cores
     python bench.py --compile --json bench.json     # also with torch.compile
+
+On a GPU also the U-Net of CIFAR-10's size, bfloat16, and the peak memory.
 
 Every row is a ratio of two things, measured in turns in the same run: median and range of the repeats.
 """
@@ -50,22 +52,16 @@ def unet(device, batch, size, channels, **network):
         *networks, (channels, size, size), batch, lambda seeds: {"class_labels": labels[seeds % 10]})
 
 
-def cifar10(device):
-    batch = 256 if device.type == "cuda" else 16
-    return unet(device, batch, 32, 3)
-
-
-def miniature(device, batch=48, lora_rank=0, bf16=False, checkpointing=None, config=tiny_sd3.TRANSFORMER):
+def miniature(device, batch=48, lora_rank=0, config=tiny_sd3.TRANSFORMER):
     """SD3's transformer with guidance, by a diffusers config, on latents of 4x4 and texts of 272 tokens.
 
-    lora_rank 0: three networks. checkpointing None: on a GPU."""
+    lora_rank 0: three networks."""
     from diffusers import SD3Transformer2DModel
 
-    if checkpointing is None:
-        checkpointing = device.type == "cuda"
+    checkpointing = device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         SD3Transformer2DModel(**config).save_pretrained(f"{folder}/transformer")
-        teacher, flow, net = sd3_transformer.networks(Path(folder), lora_rank, checkpointing, bf16, device)
+        teacher, flow, net = sd3_transformer.networks(Path(folder), lora_rank, checkpointing, False, device)
 
     def text(n):
         embeds = torch.randn(n, 272, config["joint_attention_dim"], device=device)
@@ -85,7 +81,7 @@ SUBJECTS = {
     "miniature SD3, three networks, batch 48": miniature,
     "miniature SD3, LoRA 16, batch 48": partial(miniature, lora_rank=16),
 }
-FULL_SIZE = {"EDM U-Net, CIFAR-10 size": cifar10}
+ON_A_GPU = {"EDM U-Net, CIFAR-10 size": partial(unet, batch=256, size=32, channels=3)}
 
 # ---- What a step is measured against -----------------------------------------------------------------------
 
@@ -154,11 +150,11 @@ def now():
 
 
 def intervals(marks):
-    """Seconds from mark to mark but the first, which finds caches and memory as others left them."""
+    """Seconds between the marks, without the first, which finds caches and memory as others left them."""
     return [b - a for a, b in zip(marks[1:-1], marks[2:], strict=True)]
 
 
-def step_times(subject, steps, **settings):
+def step_times(subject, steps, precision, weight=None):
     """Seconds of each of fgm.distill's steps. A step begins when it asks for its conditions."""
     marks = []
 
@@ -166,14 +162,13 @@ def step_times(subject, steps, **settings):
         marks.append(now())
         return subject.conditions(seeds)
 
-    settings = dict(batch=subject.batch, lr=RATE, precision="fp32") | settings
     generator = fgm.OneStepGenerator(subject.net, 0.97)
-    fgm.distill(subject.teacher, generator, subject.flow, subject.shape, steps=steps + 2,
-                conditions=timed_conditions, **settings)
+    fgm.distill(subject.teacher, generator, subject.flow, subject.shape, steps=steps + 2, batch=subject.batch,
+                conditions=timed_conditions, lr=RATE, weight=weight, precision=precision)
     return intervals(marks)
 
 
-def sid_times(subject, steps, precision="fp32"):
+def sid_times(subject, steps, precision):
     """Seconds of each of SiD's steps, with fgm.distill's draws, optimisers, average and checks of losses."""
     device, generator = next(subject.net.parameters()).device, fgm.OneStepGenerator(subject.net, 0.97)
     bf16 = fgm.bf16_passes(precision, device)
@@ -201,10 +196,6 @@ def pass_times(passes, number):
     return intervals(marks)
 
 
-def spread(values):
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
-
-
 def ratio(first, second, repeats):
     """Seconds of first() over seconds of second(), medians of the times that each returns, in turns.
 
@@ -215,7 +206,9 @@ def ratio(first, second, repeats):
     pairs = pairs[1:]
 
     first_s, second_s = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return spread([a / b for a, b in pairs]) | {"first_s": first_s, "second_s": second_s}
+    ratios = [a / b for a, b in pairs]
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+            "first_s": first_s, "second_s": second_s}
 
 
 # ---- The command -------------------------------------------------------------------------------------------
@@ -224,7 +217,7 @@ def ratio(first, second, repeats):
 def measure(device, args):
     """Yields the name of every row and the row, {"median", "least", "most", ...}."""
     on_gpu = device.type == "cuda"
-    subjects = SUBJECTS | FULL_SIZE if on_gpu or args.full else SUBJECTS
+    subjects = SUBJECTS | ON_A_GPU if on_gpu else SUBJECTS
     precisions = ["fp32", "bf16"] if fgm.wants_bf16("auto", device) else ["fp32"]
     compiled = [False, True] if args.compile else [False]
 
@@ -240,7 +233,7 @@ def measure(device, args):
             compile_networks(subject.teacher, subject.flow, subject.net)
 
         number = max(3, round(TURN / statistics.median(pass_times(passes, 3))))
-        step = partial(step_times, subject, number, precision=precision)
+        step = partial(step_times, subject, number, precision)
         row = ratio(step, partial(pass_times, passes, number), args.repeats)
         row["tflops"] = counter.get_total_flops() / 1e12 / row["first_s"]
         if on_gpu:
@@ -257,7 +250,6 @@ def measure(device, args):
 FLAGS = {
     "repeats": Setting(int, flags.COUNT, "repeats of each ratio"),
     "compile": Setting(bool, None, "measure also with torch.compile"),
-    "full": Setting(bool, None, "measure the EDM U-Net at CIFAR-10 size on a CPU, too"),
     "device": Setting(str, None, "cpu or cuda (default: cuda if there is one)"),
     "json": Setting(flags.path, None, "write the table to this file, too", metavar="FILE"),
 }

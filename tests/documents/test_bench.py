@@ -17,20 +17,17 @@ CONFIG = tiny_sd3.TRANSFORMER | dict(num_layers=1, num_attention_heads=1, captio
 
 def test_every_row(tmp_path, monkeypatch):
     """But those of torch.compile and of a GPU."""
-    unet = bench.unet
     monkeypatch.setattr(bench, "TURN", 0)
-    monkeypatch.setattr(bench, "unet", lambda device, batch, size, channels, **network:
-                        unet(device, min(batch, 4), 8, 1, **TINY))
     monkeypatch.setattr(bench, "SUBJECTS", {
         "toy": partial(bench.toy, batch=8),
+        "U-Net": partial(bench.unet, batch=4, size=8, channels=1, **TINY),
         "LoRA": partial(bench.miniature, batch=2, lora_rank=2, config=CONFIG),
     })
-    arguments = "--repeats", 1, "--full", "--json", tmp_path / "bench.json", "--device", "cpu"
-    done = drive_here(bench, *arguments)
+    done = drive_here(bench, "--repeats", 1, "--json", tmp_path / "bench.json", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     expected = set()
-    for name in ("toy", "LoRA", "EDM U-Net, CIFAR-10 size"):
+    for name in ("toy", "U-Net", "LoRA"):
         expected |= {f"step / bare passes: {name}, fp32", f"SiD's loop / step: {name}, fp32"}
     assert rows.keys() == expected and all(name in done.stdout for name in rows)
     assert all(row["least"] <= row["median"] <= row["most"] for row in rows.values())
