@@ -27,8 +27,8 @@ import fgm
 from fgm import InputError
 from images import data as images
 from images import scores
-from images.published import image_shape, load_edm, load_network, load_teacher  # noqa: F401
-from images.unet import Block, EDMUNet, build, keep_features  # noqa: F401
+from images.published import image_shape, load_network, load_teacher
+from images.unet import Block, build, keep_features
 from training import checkpoint, files, flags, processes, report, run
 from training.flags import COUNT, POSITIVE, Setting
 from training.gan import GAN
@@ -46,19 +46,20 @@ PAPER = dict(
     flow_updates=1, data="cifar10", samples=50_000, save_every=500, log_every=50,
     picture_every=500,
 )
-# Measured on scikit-learn's digits, on a laptop's budget.
-DIGITS = PAPER | dict(
-    model_channels=32, channel_mult=[1, 2], num_blocks=1, attention=[4], dropout=0.0, flip=False,
-    teacher_kimg=192, teacher_lr=2e-3, kimg=216, batch=128, lr=2e-4, flow_lr=4e-4, lr_decay=0.6, ema=0.995,
-    l1_weight=1.0, weight="sid", samples=10_000,
+# Measured on a laptop's budget, with a small network.
+SMALL = PAPER | dict(
+    model_channels=32, num_blocks=1, dropout=0.0, teacher_lr=2e-3, batch=128, lr=2e-4, flow_lr=4e-4,
+    ema=0.995, l1_weight=1.0, weight="sid",
 )
-DIGITS_UNCONDITIONAL = DIGITS | dict(kimg=288)
+DIGITS = SMALL | dict(
+    channel_mult=[1, 2], attention=[4], flip=False, teacher_kimg=192, kimg=288, lr_decay=0.6, samples=10_000,
+)
+DIGITS_WITH_LABELS = DIGITS | dict(kimg=216)
 # For photographs: about 45 minutes on 2 CPU cores. On a GPU the steps are larger, so that none waits for
 # kernel launches.
-QUICK = PAPER | dict(
-    resolution=16, model_channels=32, channel_mult=[1, 2, 2], num_blocks=1, attention=[8], dropout=0.0,
-    teacher_kimg=280, teacher_lr=2e-3, teacher_ema=0.998, kimg=200, batch=128, lr=2e-4, flow_lr=4e-4,
-    lr_decay=0.4, ema=0.995, l1_weight=1.0, weight="sid", samples=5000, save_every=200, picture_every=200,
+QUICK = SMALL | dict(
+    resolution=16, channel_mult=[1, 2, 2], attention=[8], teacher_kimg=280, teacher_ema=0.998, kimg=200,
+    lr_decay=0.4, samples=5000, save_every=200, picture_every=200,
 )
 QUICK_ON_GPU = QUICK | dict(
     resolution=32, model_channels=64, num_blocks=2, attention=[16], teacher_kimg=1000, kimg=300, batch=512,
@@ -125,7 +126,7 @@ def defaults(given):
         return QUICK_ON_GPU if gpu else QUICK | dict(precision="bf16" if fast_bf16 else "auto")
     if given.data != "digits" or given.paper:
         return PAPER
-    return DIGITS if given.cond else DIGITS_UNCONDITIONAL
+    return DIGITS_WITH_LABELS if given.cond else DIGITS
 
 
 def arguments():
@@ -234,23 +235,9 @@ def initial_network(args, real, label_dim):
     return build(network), network
 
 
-def check_scores(args, real, device, judge_file, fid_features):
-    """A score that cannot be measured fails here, on all processes, and not at the end."""
-    if len(real.pixels) < 4:
-        raise InputError(f"the data has {len(real.pixels)} images; its scores need at least 4")
-
-    def check():
-        if judge_file.exists() and not args.overwrite and scores.judged_by_network(real):
-            scores.NetworkJudge.load(judge_file, real, device)
-        if fid_features:
-            scores.Gaussian(fid_features(real.pixels[:4]))
-
-    processes.first_process(check)
-
-
-def check_teacher(args, teacher, shape, class_counts, device, samples=64):
-    """report.teacher_defect of a given teacher, on samples that it draws in 50 steps."""
-    indices = torch.arange(samples)
+def check_teacher(args, teacher, shape, class_counts, device):
+    """report.teacher_defect of a given teacher, on 64 samples that it draws in 50 steps."""
+    indices = torch.arange(64)
     noise = processes.noise_from(args.seed * 2**32 + indices, shape, device)
     cond = images.condition(images.labels_of(indices, class_counts), len(class_counts), device)
     x0 = fgm.sample_ode(teacher, noise, 50, **cond)
@@ -266,23 +253,22 @@ def main():
     if args.micro_batch is None and device.type == "cuda":
         args.micro_batch = processes.largest_divisor(args.batch // fgm.world_size(), 128)
     out = out_folder(args)
-    judge_file = out / "judge.safetensors"
 
-    # Data, networks, folder.
+    # The data, and what scores them: what is missing should be missed now, and not at the end.
     real, held_out = images.load_images(args.data, args.resolution, args.cond), None
     if args.hold_out:
         real, held_out = hold_out(real)
+    if len(real.pixels) < 4:
+        raise InputError(f"{args.data} has {len(real.pixels)} images, and its scores need at least 4")
     class_counts = real.class_counts() if args.cond else []
-    net, network = initial_network(args, real, len(class_counts))
-    shape = image_shape(network)
-    files.open_folder(out)
-
     fid_features = None
     if args.fid:
         fid_features = partial(scores.inception_features, weights=args.inception_weights, device=device)
-    check_scores(args, real, device, judge_file, fid_features)  # before --overwrite removes anything
+        processes.first_process(lambda: fid_features(real.pixels[:4]))
 
-    net = net.to(device)
+    # The networks.
+    net, network = initial_network(args, real, len(class_counts))
+    net, shape = net.to(device), image_shape(network)
     teacher, flow = copy.deepcopy(net), copy.deepcopy(net)
     for module in (teacher, flow, net):
         processes.shard(module, [block for block in module.modules() if isinstance(block, Block)])
@@ -346,7 +332,7 @@ def main():
     # Samples, scores, pictures. The first process alone scores.
     began, scorer = time.perf_counter(), None
     if fgm.process_rank() == 0:
-        judge = scores.judge_of(real, args.cond, args.flip, device, judge_file)
+        judge = scores.judge_of(real, args.cond, args.flip, device, out / "judge.safetensors")
         scorer = scores.Scores(real, args.cond, judge, args.samples, fid_features, held_out, args.flip)
     processes.wait_for_first()
 
