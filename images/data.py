@@ -56,17 +56,17 @@ def read_image(path):
         raise InputError(f"cannot read the image {path} ({error}); fix or remove it") from error
 
 
-def save_grid(path, images, columns=10, titles=(), least=600):
+def save_grid(path, images, columns=10, titles=()):
     """Write uint8 images [N, C, H, W], C 1 or 3, row by row as one PNG, with gaps between them.
 
-    They are enlarged without blur, by a whole factor, until the rows are `least` pixels wide or more. titles:
-    one for each row, written at its left."""
+    They are enlarged without blur, by a whole factor, until the rows are 600 pixels wide or more. titles: one
+    for each row, written at its left."""
     from PIL import ImageDraw, ImageFont, ImageOps
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
     columns = min(columns, len(images))
-    zoom = math.ceil(least / (columns * images.shape[3]))
+    zoom = math.ceil(600 / (columns * images.shape[3]))
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     h, w = images.shape[2:]
     gap = max(2, w // 16)

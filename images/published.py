@@ -98,10 +98,6 @@ def tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metad
     return storage.as_strided(size, stride, offset)
 
 
-def parameter(data, requires_grad, hooks):
-    return data
-
-
 def number_type(name, align=False, copy=True):
     """A numpy dtype of the numbers that EDM's files hold."""
     if name not in ("f4", "f8", "i4", "i8"):
@@ -114,16 +110,12 @@ def scalar(dtype, content):
     return np.frombuffer(content, dtype, count=1).item()
 
 
-def module_dict():
-    return Module("ModuleDict")
-
-
 ALLOWED = {
     "torch_utils.persistence._reconstruct_persistent_obj": persistent_module,
-    "torch.nn.modules.container.ModuleDict": module_dict,
+    "torch.nn.modules.container.ModuleDict": lambda: Module("ModuleDict"),
     "collections.OrderedDict": dict,
     "torch.storage._load_from_bytes": storage,
-    "torch._utils._rebuild_parameter": parameter,
+    "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
     "torch._utils._rebuild_tensor_v2": tensor,
     "numpy.dtype": number_type,
     "numpy.core.multiarray.scalar": scalar,

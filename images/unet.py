@@ -128,7 +128,8 @@ class EDMUNet(nn.Module):
         self.input_shape, self.label_dim = (in_channels, img_resolution, img_resolution), label_dim
         self.keep_features, self.features, self.t = False, None, None
 
-        # The embedding of time, label and augmentation.
+        # The embedding of time and label. Published files also hold a layer for the augmentation that EDM
+        # trains with, which does nothing for images as they are.
         embedding = model_channels * channel_mult_emb
         half = model_channels // 2
         frequencies = 10000 ** (-torch.arange(half) / (half - 1))
@@ -177,9 +178,9 @@ class EDMUNet(nn.Module):
         self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(width)
         self.dec[f"{size}x{size}_aux_conv"] = Conv(width, out_channels, 3, gain=1e-5)
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, features_only=False):
+    def forward(self, x, noise_labels, class_labels=None, features_only=False):
         """x: [B, in_channels, R, R]. noise_labels: [B], the time t where the network is a velocity.
-        class_labels: [B, label_dim], one-hot. augment_labels: [B, augment_dim] or None.
+        class_labels: [B, label_dim], one-hot.
 
         Returns [B, out_channels, R, R], or with features_only the features. Raises InputError for images of
         another shape and for missing class labels."""
@@ -193,8 +194,6 @@ class EDMUNet(nn.Module):
         embedding = torch.cat([angle.sin(), angle.cos()], 1)  # [B, model_channels]
         if self.label_dim:
             embedding = embedding + self.map_label(class_labels * math.sqrt(self.label_dim))
-        if self.map_augment is not None and augment_labels is not None:
-            embedding = embedding + self.map_augment(augment_labels)
         embedding = F.silu(self.map_layer0(embedding))  # [B, channel_mult_emb * model_channels]
         embedding = F.silu(self.map_layer1(embedding))
 

@@ -26,7 +26,7 @@ class GAN(nn.Module):
     real(seeds) -> (x0 [B, ...], cond): the real data that int64 seeds [B] choose. Features are maps
     [B, width, h, w], or tokens [B, h w, width] of a grid (h, w)."""
 
-    def __init__(self, width, real, t_gan, generator_weight=1e-2, discriminator_weight=5e-2, grid=None):
+    def __init__(self, width, real, t_gan, generator_weight, discriminator_weight, grid=None):
         super().__init__()
         inner = min(width, 256)
         groups = math.gcd(8, inner)

@@ -42,10 +42,10 @@ def shard(net, blocks=(), bf16=False):
 
     Its weights are gathered for every pass; every process keeps all of a network below GATHERED_WHOLE bytes.
     bf16: gather weights in bfloat16. Gradients are reduced in float32, and inputs are not cast, so that t
-    stays float32. Returns net."""
+    stays float32."""
     size = sum(p.numel() * p.element_size() for p in net.parameters())
     if world_size() == 1 or size < GATHERED_WHOLE:
-        return net
+        return
 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -55,7 +55,6 @@ def shard(net, blocks=(), bf16=False):
     mesh = init_device_mesh(next(net.parameters()).device.type, (world_size(),))
     for part in [*blocks, net]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    return net
 
 
 def largest_divisor(share, limit):

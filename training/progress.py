@@ -170,8 +170,3 @@ def figure_of(log):
             axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     return figure
-
-
-def draw(log, path):
-    """Draw the log as a PNG file."""
-    figure_of(log).savefig(path, dpi=100)

@@ -175,8 +175,7 @@ CURVES_EVERY = 60  # seconds between two drawings of progress.png, at least
 def folder_run(args, out, unit="images"):
     """The run in folder out that the flags describe."""
     resume = "no" if args.overwrite else "any" if args.resume else "same"
-    picture_every = getattr(args, "picture_every", None)
-    return FolderRun(out, resume, args.save_every, args.log_every, picture_every, unit=unit)
+    return FolderRun(out, resume, args.save_every, args.log_every, args.picture_every, unit=unit)
 
 
 def is_due(step, steps, every):
@@ -241,8 +240,7 @@ class FolderRun(fgm.Run):
         has_pictures = self.picture is not None and "generator" in learners
         per_step = 1 if self.unit == "steps" else self.batch
 
-        title = PHASES.get(phase, phase)
-        with progress.bar(title, steps * per_step, start * per_step, self.unit) as self.bar:
+        with progress.bar(PHASES[phase], steps * per_step, start * per_step, self.unit) as self.bar:
             for step in range(start, steps):
                 self.step = step
                 yield step
@@ -285,7 +283,7 @@ class FolderRun(fgm.Run):
         """progress.png, from the log."""
         if process_rank() == 0 and self.phase == "distill":
             with atomically(self.out / "progress.png") as temporary:
-                progress.draw(self.out / "log.jsonl", temporary)
+                progress.figure_of(self.out / "log.jsonl").savefig(temporary, dpi=100)
             self.curves_drawn = time.perf_counter()
 
     # -- the log --

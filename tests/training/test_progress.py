@@ -22,7 +22,7 @@ def test_progress_shows_a_run_whose_numbers_are_no_longer_finite(tmp_path):
     curves, teacher = progress.read(tmp_path / "log.jsonl")
     assert curves["flow_loss"] == ([1, 2], [2.0, 2.0]) and curves["score"] == ([3], [0.5])
     assert teacher == {"1": 4.0}
-    progress.draw(tmp_path / "log.jsonl", tmp_path / "progress.png")
+    progress.figure_of(tmp_path / "log.jsonl").savefig(tmp_path / "progress.png")
     assert len(np.unique(np.array(Image.open(tmp_path / "progress.png")))) > 10
 
 
