@@ -71,14 +71,12 @@ FLAGS = {  # by their group in --help
         "resolution": Setting(int, COUNT, "crop and resize the images of a folder, or shrink cifar10"),
         "cond": Setting(bool, None, "class-conditional networks (table 2 of the paper)"),
         "flip": Setting(argparse.BooleanOptionalAction, None, "horizontal flips when the teacher trains"),
-        "hold_out": Setting(bool, None, "train on four fifths of the images, and report whether samples are "
-                                        "copies: nearer to these images than to the others"),
+        "hold_out": Setting(bool, None, "train on four fifths of the images; report if samples copy them"),
     },
     "run": {
         "out": Setting(flags.path, None, "output folder (default: runs/DATA, with -cond if conditional)"),
         "paper": Setting(bool, None, "the paper's settings on any data"),
-        "quick": Setting(bool, None, "a small network, trained briefly, for photographs: 16x16 on a CPU, "
-                                     "32x32 on a GPU"),
+        "quick": Setting(bool, None, "a small network, trained briefly: 16x16 on a CPU, 32x32 on a GPU"),
         **flags.RUN_FLAGS, **flags.PICTURE_FLAG,
     },
     "teacher and network (EDM, arXiv 2206.00364; section 5.1)": {
@@ -90,13 +88,12 @@ FLAGS = {  # by their group in --help
         "dropout": Setting(float, "[0, 1)", "when the teacher trains"),
         "teacher_kimg": Setting(float, POSITIVE, "thousand images to train the teacher on"),
         **flags.TEACHER_FLAGS,
-        "teacher_ema": Setting(float, flags.DECAY, "of the teacher's moving average", metavar="DECAY"),
+        "teacher_ema": Setting(float, flags.DECAY, "decay of the teacher's moving average", metavar="DECAY"),
     },
     "distillation (Algorithm 1; section 5.1, appendix B.1)": {
         "kimg": Setting(float, POSITIVE, "thousand images to distil with"),
-        "gan": Setting(float, POSITIVE, "add a GAN on the training images, with this weight in the "
-                                        "generator's loss (0.1 for digits); the discriminator's is five "
-                                        "times that", metavar="WEIGHT"),
+        "gan": Setting(float, POSITIVE, "add a GAN on the training images: its weight in the generator's "
+                       "loss (0.1 for digits); the discriminator's is five times that", metavar="WEIGHT"),
         **flags.EVERYDAY_FLAGS,
     },
     "scores": {

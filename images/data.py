@@ -193,7 +193,7 @@ def passed_over(path):
 def image_files(folder, suffixes=IMAGE_SUFFIXES):
     """The files with such suffixes at any depth in a folder, sorted; nothing that is passed over.
 
-    Files of other kinds are counted aloud."""
+    Prints how many files of other kinds there are."""
     files, other_files = [], []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)

@@ -9,7 +9,7 @@ import fgm
 from fgm import InputError
 
 # What a setting may be: an interval; a tuple of intervals, one for each number of a pair; or a list of words.
-COUNT, POSITIVE, DECAY, LOGIT_NORMAL = "[1, 1e9]", "(0, 1e9]", "[0, 1)", ("[-20, 20]", "[0, 20]")
+COUNT, POSITIVE, DECAY = "[1, 1e9]", "(0, 1e9]", "[0, 1)"
 
 
 def within(number, interval):
@@ -54,6 +54,13 @@ class Setting(NamedTuple):
 
 # ---- The settings that several commands share, everyday ones first -----------------------------------------
 
+
+def logit_normal(what):
+    """The setting of the distribution of a loss's t."""
+    about = f"t of {what} ~ logit-normal(MEAN, STD)"
+    return Setting(float, ("[-20, 20]", "[0, 20]"), about, 2, ("MEAN", "STD"))
+
+
 WEIGHTS = {"none": None, "sid": fgm.sid_weight, "noise": fgm.noise_weight}
 RUN_FLAGS = {
     "resume": Setting(bool, None, "resume OUT even though settings changed"),
@@ -62,8 +69,7 @@ RUN_FLAGS = {
     "seed": Setting(int, "[0, 2147483647]", "seed of the weights and of all random draws"),
     "save_every": Setting(int, COUNT, "steps between checkpoints", metavar="STEPS"),
     "log_every": Setting(int, COUNT, "steps between lines of log.jsonl", metavar="STEPS"),
-    "precision": Setting(str, ["auto", "fp32", "bf16"],
-                         "precision of the passes; auto is bf16 where the GPU has it"),
+    "precision": Setting(str, ["auto", "fp32", "bf16"], "of the passes; auto: bf16 where the GPU has it"),
     "compile": Setting(bool, None, "compile the networks with torch.compile"),
 }
 PICTURE_FLAG = {"picture_every": Setting(int, COUNT, "distillation steps between pictures", metavar="STEPS")}
@@ -73,9 +79,8 @@ EVERYDAY_FLAGS = {
     "flow_lr": Setting(float, POSITIVE, "learning rate of the online flow"),
     "ema": Setting(float, DECAY, "decay of the generator's moving average", metavar="DECAY"),
     "no_ema": Setting(bool, None, "use the generator's last weights instead of their moving average"),
-    "l1_weight": Setting(float, "[-10, 10]", "weight of L1 in the loss L2 + weight * L1; 1: the exact "
-                         "gradient and the cheapest; 0: the paper's choice on images; -0.4: SiD's "
-                         "alpha of 1.2"),
+    "l1_weight": Setting(float, "[-10, 10]", "of L1 in the loss L2 + weight * L1 (1: exact and cheapest; 0: "
+                         "the paper's choice on images; -0.4: SiD's alpha of 1.2)"),
     "weight": Setting(str, list(WEIGHTS), "weight of a sample in the FGM loss (sid: arXiv 2404.04057)"),
     "t_star": Setting(float, "(0, 1]", "t* of the generator, eq. (B.1)"),
     "lr_warmup": Setting(int, "[0, 1e9]", "steps over which the learning rates rise", metavar="STEPS"),
@@ -83,24 +88,20 @@ EVERYDAY_FLAGS = {
                         metavar="SHARE"),
 }
 ADVANCED_FLAGS = {
-    "micro_batch": Setting(int, COUNT, "samples of one pass; lower it if memory runs out (default: a "
-                           "process's share of the batch; on a GPU its largest divisor up to 128 in "
-                           "cifar.py, up to 4 in sd3.py)"),
+    "micro_batch": Setting(int, COUNT, "samples of one pass, fewer if memory runs out (default: a process's "
+                           "share of the batch; on a GPU at most 128 in cifar.py, 4 in sd3.py)"),
     "c_in": Setting(float, "(0, 100]", "c_in of the generator, eq. (B.1)"),
     "c_skip": Setting(float, "[0, 100]", "c_skip of the generator, eq. (B.1)"),
     "c_out": Setting(float, "(0, 100]", "c_out of the generator, eq. (B.1) (default: t*)"),
-    "t_generator": Setting(float, LOGIT_NORMAL, "t of the FGM loss ~ logit-normal(MEAN, STD)",
-                           2, ("MEAN", "STD")),
-    "t_flow": Setting(float, LOGIT_NORMAL, "t of the losses of flow and GAN ~ logit-normal(MEAN, STD)",
-                      2, ("MEAN", "STD")),
+    "t_generator": logit_normal("the FGM loss"),
+    "t_flow": logit_normal("the losses of flow and GAN"),
     "clip": Setting(float, POSITIVE, "clip the gradient of every network to this norm", metavar="NORM"),
     "loss_scale": Setting(float, POSITIVE, "factor of the generator's loss"),
     "flow_updates": Setting(int, "[1, 1e3]", "updates of the online flow per generator update"),
 }
 TEACHER_FLAGS = {
     "teacher_lr": Setting(float, POSITIVE, "learning rate of the teacher"),
-    "teacher_t": Setting(float, LOGIT_NORMAL, "t of the teacher's loss ~ logit-normal(MEAN, STD)",
-                         2, ("MEAN", "STD")),
+    "teacher_t": logit_normal("the teacher's loss"),
 }
 
 

@@ -12,9 +12,9 @@ DEFECT_TIMES = (0.2, 0.5, 0.8, 0.95)  # each fault of a teacher hides at some t
 
 @torch.no_grad()
 def teacher_defect(name, teacher, x0, seed, **cond):
-    """fgm.defect of a teacher on its own samples x0 [B, ...], at that of DEFECT_TIMES where it is furthest
-    from 0, or nan: {"t", "value", "standard_error"}. Warns if it is clear, as FGM needs the velocity of a
-    flow.
+    """fgm.defect of a teacher on its own samples x0 [B, ...], at the one of DEFECT_TIMES where it is nan or
+    furthest from 0: {"t", "value", "standard_error"}. Warns if it is clearly not 0, since FGM needs the
+    velocity of a flow.
 
     name: the teacher's, for the warning. A collective call."""
     torch.manual_seed(seed)
