@@ -140,7 +140,7 @@ def sid_step(teacher, generator, flow, learners, draw, bf16):
 # ---- Times -------------------------------------------------------------------------------------------------
 
 TURN = 0.5  # seconds that one side of a ratio takes at least, before it is the other's turn
-RATE = 1e-6  # of learning: the networks must hardly change
+RATE = 1e-6  # the learning rate: the networks must hardly change
 
 
 def now():

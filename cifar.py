@@ -71,7 +71,7 @@ FLAGS = {  # by their group in --help
         "resolution": Setting(int, COUNT, "crop and resize the images of a folder, or shrink cifar10"),
         "cond": Setting(bool, None, "class-conditional networks (table 2 of the paper)"),
         "flip": Setting(argparse.BooleanOptionalAction, None, "horizontal flips when the teacher trains"),
-        "hold_out": Setting(bool, None, "train on four fifths of the images; report if samples copy them"),
+        "hold_out": Setting(bool, None, "train on four fifths of the images; tell whether samples copy them"),
     },
     "run": {
         "out": Setting(flags.path, None, "output folder (default: runs/DATA, with -cond if conditional)"),
@@ -251,7 +251,7 @@ def main():
         args.micro_batch = processes.largest_divisor(args.batch // fgm.world_size(), 128)
     out = out_folder(args)
 
-    # The data, and what scores them: what is missing should be missed now, and not at the end.
+    # The data and their scores: what cannot be scored is refused now, and not at the end.
     real, held_out = images.load_images(args.data, args.resolution, args.cond), None
     if args.hold_out:
         real, held_out = hold_out(real)

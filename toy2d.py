@@ -30,6 +30,7 @@ from training.run import command, fingerprint_of, folder_run, save_weights, with
 
 # ---- Network and distance ----------------------------------------------------------------------------------
 
+
 class VelocityMLP(nn.Module):
     """A velocity network for vectors of about unit variance: x [B, D], t [B] -> [B, D].
 

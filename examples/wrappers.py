@@ -102,7 +102,7 @@ class Output:
 
 
 def main():
-    """Print the defect, 0 for a velocity network that is one, of each wrapped network and of it as it is."""
+    """Print the defect of each network, wrapped and as it is: 0 for a flow's velocity."""
     alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
 
     def exact_noise(x, step):

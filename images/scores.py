@@ -88,8 +88,8 @@ def make_picture(out, real, teacher, draw, samples):
     """A picture(step, generator) for FolderRun: a grid of 100 images in out, and a cheap distance.
 
     draw(sampler, n, in_turn): n images of a fixed seed; every process calls it. The distance is that of
-    `samples` images to at most 10,000 real ones, on 8x8 pixels. Beside one of many samples it is too large,
-    since few samples vary; compare it with its like."""
+    `samples` images to at most 10,000 real ones, on 8x8 pixels. More samples would give a smaller one, so
+    compare it with distances of as many."""
     some = Gaussian(coarse_pixels(real[random_order(len(real))[:10_000]], 8))
 
     def measure(sampler):

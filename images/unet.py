@@ -45,7 +45,8 @@ def linear(features_in, features_out, bias=True):
 
 
 class GroupNorm(nn.GroupNorm):
-    """To its input's dtype, with statistics in float32; CUDA's autocast would make the output float32.
+    """The output has the input's dtype, and the statistics are in float32. CUDA's autocast would make the
+    output float32.
 
     On a CPU it computes in float32: the bfloat16 kernel takes two to three times as long on the channels-last
     tensors that convolutions give."""

@@ -116,7 +116,7 @@ def load(folder, phase, learners, settings, resume):
         step, seconds = saved["step"], saved["seconds"]
         updates = {name: saved["updates"][name] for name in learners}
         if not all(isinstance(number, int | float) for number in [step, seconds, *updates.values()]):
-            raise ValueError("its numbers are none")
+            raise ValueError("step, seconds and updates must be numbers")
         changes = changed_settings(saved["settings"], settings)
         if not changes or resume == "any":
             read_tensors(state_tensors(learners), newest)

@@ -1,4 +1,4 @@
-"""Command lines: one row a setting, with its type, range and help."""
+"""Command lines: one row for each setting, with its type, range and help."""
 
 import argparse
 import os
@@ -79,8 +79,8 @@ EVERYDAY_FLAGS = {
     "flow_lr": Setting(float, POSITIVE, "learning rate of the online flow"),
     "ema": Setting(float, DECAY, "decay of the generator's moving average", metavar="DECAY"),
     "no_ema": Setting(bool, None, "use the generator's last weights instead of their moving average"),
-    "l1_weight": Setting(float, "[-10, 10]", "of L1 in the loss L2 + weight * L1 (1: exact and cheapest; 0: "
-                         "the paper's choice on images; -0.4: SiD's alpha of 1.2)"),
+    "l1_weight": Setting(float, "[-10, 10]", "of L1 in the loss L2 + weight * L1 (1: the exact gradient, and "
+                         "cheapest; 0: the paper's choice on images; -0.4: SiD's alpha of 1.2)"),
     "weight": Setting(str, list(WEIGHTS), "weight of a sample in the FGM loss (sid: arXiv 2404.04057)"),
     "t_star": Setting(float, "(0, 1]", "t* of the generator, eq. (B.1)"),
     "lr_warmup": Setting(int, "[0, 1e9]", "steps over which the learning rates rise", metavar="STEPS"),

@@ -257,7 +257,7 @@ class FolderRun(fgm.Run):
                     self.draw(learners["generator"], done)
                 if logs:
                     self.write_log(done)
-                if done == steps or draws and time.perf_counter() > self.curves_drawn + CURVES_EVERY:
+                if done == steps or (draws and time.perf_counter() > self.curves_drawn + CURVES_EVERY):
                     self.draw_curves()
                 if saves:
                     seconds = time.perf_counter() - began
