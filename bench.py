@@ -52,13 +52,14 @@ def unet(device, batch, size, channels, **network):
         *networks, (channels, size, size), batch, lambda seeds: {"class_labels": labels[seeds % 10]})
 
 
-def miniature(device, batch=48, lora_rank=0, config=tiny_sd3.TRANSFORMER):
+def miniature(device, batch=48, lora_rank=0, checkpointing=None, config=tiny_sd3.TRANSFORMER):
     """SD3's transformer with guidance, by a diffusers config, on latents of 4x4 and texts of 272 tokens.
 
-    lora_rank 0: three networks."""
+    lora_rank 0: three networks. checkpointing None: on a GPU."""
     from diffusers import SD3Transformer2DModel
 
-    checkpointing = device.type == "cuda"
+    if checkpointing is None:
+        checkpointing = device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         SD3Transformer2DModel(**config).save_pretrained(f"{folder}/transformer")
         teacher, flow, net = sd3_transformer.networks(Path(folder), lora_rank, checkpointing, False, device)
@@ -273,9 +274,8 @@ def main():
     rows = {}
     for name, row in measure(device, args):
         rows[name] = row
-        line = f"{name:72}{row['median']:9.3f}{row['least']:9.3f} -{row['most']:7.3f}"
         seconds = f"{row['first_s']:.4f} / {row['second_s']:.4f}"
-        line += f"{seconds:>22}"
+        line = f"{name:72}{row['median']:9.3f}{row['least']:9.3f} -{row['most']:7.3f}{seconds:>22}"
         if "tflops" in row:
             line += f"  {row['tflops']:.3g} TFLOP/s"
         if "peak_gb" in row:

@@ -218,7 +218,7 @@ def test_generators_gan_loss_against_plain_mathematics(models, embeddings):
 def test_every_matrix_product_is_in_a_compiled_graph():
     """With checkpointing and LoRA, where recomputation once left the blocks uncompiled."""
     config = SHAPES[ALL_KINDS] | {"num_layers": 1}
-    _, flow, _, shape, _, conditions = bench.miniature(CPU, 2, 4, False, True, config)
+    _, flow, _, shape, _, conditions = bench.miniature(CPU, 2, 4, True, config)
 
     def backend(graph, inputs):
         def inside(*values):
