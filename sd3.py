@@ -272,7 +272,7 @@ def real_data(args, source, cache, device, dtype):
     latents = cached_latents(source.folder, source.paths, size, cache / "latents", device, dtype)
 
     def real(seeds):
-        chosen = seeds % len(latents)
+        chosen = seeds % len(source.paths)
         return latents(chosen)["latents"].float(), embeddings(chosen)
 
     return real

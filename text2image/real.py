@@ -9,15 +9,7 @@ import fgm
 from fgm import InputError
 from images.data import IMAGE_SUFFIXES, image_files, read_image, to_float
 from text2image.pipeline import load_network
-from text2image.prompts import (
-    Rows,
-    cached_files,
-    file_versions,
-    read_json_lines,
-    read_lines,
-    split_by_file,
-    text_of,
-)
+from text2image.prompts import cached_rows, file_versions, read_json_lines, read_lines, text_of
 
 
 def load_real(folder):
@@ -93,7 +85,6 @@ def cached_latents(folder, paths, size, cache, device, dtype):
         return {"latents": torch.cat(latents)}  # 128 x [1, 16, h, w] -> [128, 16, h, w]
 
     made_of = [file_versions(sorted(folder.glob("vae/*"))), str(dtype), list(size)]
-    parts = [(part, file_versions(part)) for part in split_by_file(paths)]
-    files = cached_files(cache, "latents", made_of, parts,
-                         lambda: load_network(folder, "vae", torch.float32).to(device), encode)
-    return Rows(files, len(paths), device)
+    return cached_rows(
+        cache, "latents", paths, lambda part: [made_of, file_versions(part)],
+        lambda: load_network(folder, "vae", torch.float32).to(device), encode, device)
