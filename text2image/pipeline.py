@@ -15,13 +15,12 @@ import fgm
 from fgm import InputError
 from images.data import save_grid, to_uint8
 from images.scores import frechet_distance
-from training.files import atomically, open_folder, read_json, reason, save_tensors
+from training.files import open_folder, read_json, reason, save_tensors
 from training.processes import noise_from
 from training.progress import bar, batches, make_scorer
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 COMPONENTS = ("transformer", "vae", "scheduler", *ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
-UNFINISHED = "unfinished"  # a file that tiny_sd3.py removes from its folder when all is there
 
 # ---- Finding a pipeline ------------------------------------------------------------------------------------
 
@@ -42,8 +41,6 @@ def find_model(model):
 
     Raises InputError if it cannot be had or cannot be distilled."""
     folder = Path(model) if Path(model).is_dir() else download(model)
-    if (folder / UNFINISHED).exists():
-        raise InputError(f"{model} is an unfinished miniature: `python tiny_sd3.py --out {model}` makes it")
     check_pipeline(folder, model)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if scheduler.get("sigma_max") is not None and scheduler["sigma_max"] == scheduler.get("sigma_min"):
@@ -222,7 +219,6 @@ def export(folder, generator, lora_rank, dtype, out, shape=None):
 
     target = out / "pipeline"
     try:
-        (target / "model_index.json").unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         with bar(f"writing {target}"):
             transformer.save_pretrained(target / "transformer")
@@ -257,8 +253,7 @@ def write_card(model, size, coefficients, trained_on, out):
 The scheduler's only sigma is t* = {coefficients["t_star"]}; c_in = {coefficients["c_in"]} is in the weights
 of the patch embedding. Trained on {trained_on}.
 """
-    with atomically(out / "pipeline" / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    (out / "pipeline" / "README.md").write_text(text, encoding="utf-8")
 
 
 # ---- Images, by unmodified diffusers -----------------------------------------------------------------------
@@ -364,7 +359,5 @@ def write_geneval(records, images, target):
         folder = target / f"{i // 4:05d}"
         samples = open_folder(folder / "samples")
         if i % 4 == 0:
-            with atomically(folder / "metadata.jsonl") as temporary:
-                temporary.write_text(json.dumps(records[i // 4]) + "\n", encoding="utf-8")
-        with atomically(samples / f"{i % 4:04d}.png") as temporary:
-            to_pil_image(image).save(temporary)
+            (folder / "metadata.jsonl").write_text(json.dumps(records[i // 4]) + "\n", encoding="utf-8")
+        to_pil_image(image).save(samples / f"{i % 4:04d}.png")
