@@ -47,16 +47,18 @@ def clip_parts(words):
     from transformers import CLIPTextConfig, CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = list(bytes_to_unicode().values())
     merges = []
     for word in words:
-        letters_of_word = [*word[:-1], word[-1] + "</w>"]
         for i in range(1, len(word)):  # letter by letter from the front, so that every word becomes one piece
-            merges.append((word[:i], letters_of_word[i]))
-    pieces = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)])
-    pieces = [*pieces, "<|startoftext|>", "<|endoftext|>"]
+            end = "</w>" if i == len(word) - 1 else ""
+            merges.append((word[:i], word[i] + end))
+    merges = list(dict.fromkeys(merges))  # several words may begin alike
+
+    letters = bytes_to_unicode().values()
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges),
+              "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=16)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
     config = CLIPTextConfig(
         vocab_size=len(pieces), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, projection_dim=32, max_position_embeddings=16,
@@ -69,10 +71,9 @@ def t5_parts(words):
     from transformers import T5Config, T5TokenizerFast
 
     letters = sorted({letter for word in words for letter in word} - set(words))
-    special = ["<pad>", "</s>", "<unk>"]
-    pieces = [*special, "▁", *(f"▁{word}" for word in words), *words, *letters]
-    scores = [0.0 if piece in special else -1.0 if len(piece) > 1 else -9.0 for piece in pieces]
-    tokenizer = T5TokenizerFast(vocab=list(zip(pieces, scores, strict=True)), extra_ids=0)
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in words), *words, *letters]
+    score = -1.0  # the same for all, so that a text is cut into as few pieces as possible
+    tokenizer = T5TokenizerFast(vocab=[(piece, score) for piece in pieces], extra_ids=0)
     config = T5Config(vocab_size=len(pieces), d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
                       feed_forward_proj="gated-gelu")
     return config, tokenizer
