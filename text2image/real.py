@@ -16,8 +16,8 @@ def load_real(folder):
     """(paths of the images, captions) of a folder, at any depth.
 
     Captions come from metadata.jsonl or metadata.csv in the folder, with file_name (relative to it) and text,
-    else from NAME.txt beside the image. What has none trains with the empty prompt, and is counted aloud.
-    Raises InputError, naming the file, for bad tables, and if no image has a caption."""
+    else from NAME.txt beside the image. An image without one trains with the empty prompt; how many do so is
+    printed. Raises InputError, naming the file, for bad tables, and if no image has a caption."""
     folder = Path(folder)
     files = image_files(folder, (*IMAGE_SUFFIXES, ".txt", ".jsonl", ".csv"))
     paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
