@@ -156,7 +156,6 @@ def test_bad_input_is_one_line_and_status_2(finished, model, models, tmp_path, m
         (["--model", model, "--height", "40"], "divisible by 16"),
         (["--model", model, "--height", "512"], "larger than"),
         (["--model", out / "pipeline"], "makes one step: as --model name the one that it was distilled from"),
-        (["--model", model, "--lora", "33"], "--lora 33 is more than the width of the"),
         ([*whole, "--prompts", same / "images" / "metadata.jsonl", "--embeddings", tmp_path / "others"],
          "run with other settings (prompts "),
         ([*whole, "--lora", "4"], "lora None -> 4"),
