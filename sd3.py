@@ -14,14 +14,15 @@ The run writes OUT/pipeline; afterwards only diffusers is needed:
 Prompts are encoded once (text2image/prompts.py), the networks are made in one of two memory recipes
 (text2image/transformer.py), distilled (fgm.py), exported and scored (text2image/pipeline.py).
 
-What differs by --model (all sample with shift 3, which is the teacher's own and read from its scheduler; what
-FGM draws t from are --t-flow and --t-generator):
+The models differ like this:
 
     in the model's name     --guidance          blocks, norms of q and k, second attention
     3-medium                4, the paper's      24, no, no
     3.5-medium              4.5, its card's     24, yes, in the first 13
     3.5-large               3.5, its card's     38, yes, no
     turbo                   1: none, its card's
+
+All of them sample with shift 3, which is in their scheduler. FGM's own times are --t-flow and --t-generator.
 """
 
 import argparse
@@ -41,11 +42,12 @@ from text2image.digits import copy_scores, digit_of, has_held_out, is_miniature,
 from text2image.pipeline import empty_network, find_model, free_memory
 from text2image.prompts import cached_embeddings, digest_of, find_prompts, read_json_lines, text_of
 from text2image.real import cached_latents, load_real
-from text2image.transformer import largest_rank, networks
-from training import checkpoint, files, flags, processes, report, run
+from text2image.transformer import networks
+from training import files, flags, processes, report, run
 from training.files import open_folder
 from training.flags import COUNT, Setting
 from training.gan import GAN
+from training.progress import make_scorer
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
@@ -53,15 +55,16 @@ from training.gan import GAN
 PAPER = dict(
     model="stabilityai/stable-diffusion-3-medium-diffusers", height=1024, width=1024, out="runs/sd3",
     save_every=250, log_every=10, picture_every=250, guidance=4.0, kimg=1920, batch=192, lr=5e-6,
-    flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8, c_skip=1.0,
-    l1_weight=0.0, weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0,
+    flow_lr=5e-6, lr_warmup=0, lr_decay=0.0, clip=None, ema=0.999, t_star=0.97, c_in=0.8, l1_weight=0.0,
+    weight="none", t_generator=(2.4, 1.0), t_flow=(-1.0, 2.0), loss_scale=100.0,
     flow_updates=1, gan_generator=1e-2, gan_discriminator=5e-2, samples=8, n=4)
 # Measured on the miniature of tiny_sd3.py, on a laptop's budget.
 TINY = PAPER | dict(
     height=32, width=32, save_every=100, picture_every=100, kimg=3.2, batch=24, lr=2e-3, flow_lr=4e-3,
     lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=0.5, t_generator=(0.0, 2.0), t_flow=(0.0, 2.0),
     samples=500)
-GUIDANCE = {"turbo": 1.0, "3.5-medium": 4.5, "3.5-large": 3.5}  # by what a model's name holds; see above
+# By what a model's name holds; the last that fits counts.
+GUIDANCE = {"3.5-medium": 4.5, "3.5-large": 3.5, "turbo": 1.0}
 
 FLAGS = {  # by their group in --help
     "model and prompts": {
@@ -75,7 +78,6 @@ FLAGS = {  # by their group in --help
     },
     "run": {
         "out": Setting(flags.path, None, "output folder"), **flags.RUN_FLAGS, **flags.PICTURE_FLAG,
-        "paper": Setting(bool, None, "the paper's settings, not the miniature's, on a miniature too"),
         "checkpointing": Setting(argparse.BooleanOptionalAction, None,
                                  "recompute activations in the backward pass (default: on a GPU)"),
     },
@@ -101,7 +103,9 @@ FLAGS = {  # by their group in --help
         "geneval": Setting(flags.path, None, "draw 4 images per prompt into OUT/geneval, laid out for "
                                              "GenEval's scorer", metavar="METADATA.jsonl"),
     },
-    "advanced": flags.ADVANCED_FLAGS,
+    # A diffusers pipeline can only hold c_skip 1 and c_out t*.
+    "advanced": {name: setting for name, setting in flags.ADVANCED_FLAGS.items()
+                 if name not in ("c_skip", "c_out")},
 }
 OF_TEACHER = ("model", "guidance", "height", "width")  # what --sample takes over from the run in OUT
 NEEDS = {"n": ["sample"], "ode_steps": ["sample", "geneval"], "gan_generator": ["real"],
@@ -109,22 +113,18 @@ NEEDS = {"n": ["sample"], "ode_steps": ["sample", "geneval"], "gan_generator": [
 
 
 def defaults(given):
-    """The settings that are not given: the paper's, with the model's guidance, or the miniature's; to draw
-    images, those of the run in OUT, unless another teacher is named."""
+    """The settings that are not given: to draw images those of the run in OUT, on a miniature TINY, else the
+    paper's with the guidance of the model."""
     config = Path(given.out) / "config.json"
     if (given.sample or given.geneval) and config.exists():
         of_run = files.read_json(config).get("settings", {})
-        if not isinstance(of_run, dict) or not isinstance(of_run.get("model"), str):
-            raise InputError(f"{config} is damaged: it does not name the run's model")
-        same_model = Path(given.model).resolve() == Path(of_run["model"]).resolve()
-        if same_model or given.model == PAPER["model"]:
-            return PAPER | {name: of_run[name] for name in OF_TEACHER if name in of_run}
-    if is_miniature(given.model) and not given.paper:
+        return PAPER | {name: of_run[name] for name in OF_TEACHER if name in of_run}
+    if is_miniature(given.model):
         return TINY
 
     settings = dict(PAPER)
-    for name, guidance in reversed(GUIDANCE.items()):  # turbo is in front: the name may hold several
-        if name in Path(given.model).name:
+    for part, guidance in GUIDANCE.items():
+        if part in Path(given.model).name:
             settings["guidance"] = guidance
     if given.lora:  # a step takes minutes
         settings |= dict(save_every=25, log_every=5, picture_every=25)
@@ -144,8 +144,6 @@ def arguments():
         raise InputError("--sample and --geneval draw different images: give one of them")
     if args.height % 16 or args.width % 16:
         raise InputError(f"height and width must be divisible by 16, got {args.height} and {args.width}")
-    if args.c_skip != 1 or args.c_out not in (None, args.t_star):
-        raise InputError("a diffusers pipeline can only hold --c-skip 1 and the default --c-out, t*")
     return args
 
 
@@ -162,11 +160,11 @@ def draw_from_run(args, device, dtype):
     if not (folder / "model_index.json").exists():
         raise InputError(f"{folder} holds no pipeline: the run has not finished, or --out names another one")
 
-    def draw(prompts):
+    def images_of(prompts):
         return pipeline.draw(folder, prompts, steps, guidance, size, device, dtype, args.seed, batch=4)[0]
 
     if args.sample:
-        images = torch.stack(list(draw([args.sample] * args.n)))
+        images = torch.stack(list(images_of([args.sample] * args.n)))
         save_grid(open_folder(out) / "sample.png", images, min(args.n, 8))
         print(f"{args.n} images: {out}/sample.png")
     else:
@@ -175,7 +173,7 @@ def draw_from_run(args, device, dtype):
             raise InputError(f"{args.geneval} holds no prompts")
         prompts = [text_of(record, "prompt", args.geneval) for record in records for _ in range(4)]
         target = out / (f"geneval-{steps}-steps" if args.ode_steps else "geneval")
-        pipeline.write_geneval(records, draw(prompts), target)
+        pipeline.write_geneval(records, images_of(prompts), target)
         print(f"{len(records)} prompts, 4 images each, in {target}")
 
 
@@ -183,18 +181,24 @@ def draw_from_run(args, device, dtype):
 
 
 class Source(NamedTuple):
-    """What a run starts from: the pipeline's folder, its transformer's configuration, the shape of a latent
-    and the prompts; the real images and their captions, or none."""
+    """What a run starts from."""
 
-    folder: Path
-    config: dict
-    shape: tuple
+    folder: Path  # of the pipeline
+    config: dict  # of its transformer
+    size: tuple  # (H, W) of an image
+    shape: tuple  # of a latent
     prompts: list
-    paths: list
-    captions: list
+    paths: list  # of the real images, or none
+    captions: list  # theirs
+    device: torch.device
+    dtype: torch.dtype  # of what is not trained, and of what is exported
+
+    def spread(self, n):
+        """The indices of n prompts from all over the list."""
+        return torch.arange(n) * len(self.prompts) // n
 
 
-def read_source(args, device):
+def read_source(args, device, dtype):
     """The Source that the flags name, checked as far as it can be without loading anything.
 
     Fills in the settings that depend on the device. Raises InputError."""
@@ -205,31 +209,31 @@ def read_source(args, device):
         args.checkpointing = device.type == "cuda"
 
     folder = find_model(args.model)
-    transformer = empty_network(folder, "transformer")
-    if args.lora and args.lora > largest_rank(transformer):
-        raise InputError(f"--lora {args.lora} is more than the width of the model's narrowest layer: "
-                         f"give {largest_rank(transformer)} or less")
+    config = empty_network(folder, "transformer").config
+    size = args.height, args.width
+    shape = pipeline.latent_shape(folder, size)
     prompts = find_prompts(args.prompts, folder)
     if is_miniature(folder):
         for prompt in prompts:
             digit_of(prompt)  # raises now, not at the scores, for one that names no digit
     paths, captions = load_real(args.real) if args.real else ([], [])
-    shape = pipeline.latent_shape(folder, (args.height, args.width))
-    return Source(folder, transformer.config, shape, prompts, paths, captions)
+    return Source(folder, config, size, shape, prompts, paths, captions, device, dtype)
 
 
-def make_networks(args, source, null, real, device, bf16):
+def make_networks(args, source, null, real):
     """(guided teacher, generator, online flow, GAN or None) as a run begins with them.
 
     null: the empty prompt, as the transformer takes it; real(seeds): the GAN's real data, None without it."""
     torch.manual_seed(args.seed)
     teacher, flow, net = networks(
-        source.folder, args.lora, args.checkpointing, bf16, device, keep_features=real is not None)
+        source.folder, args.lora, args.checkpointing, source.dtype == torch.bfloat16, source.device,
+        keep_features=real is not None)
     gan = None
     if real is not None:
         width = source.config["num_attention_heads"] * source.config["attention_head_dim"]
         grid = [side // source.config["patch_size"] for side in source.shape[1:]]
-        gan = GAN(width, real, args.t_flow, args.gan_generator, args.gan_discriminator, grid).to(device)
+        gan = GAN(width, real, args.t_flow, args.gan_generator, args.gan_discriminator, grid)
+        gan.to(source.device)
         processes.shard(gan.head)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in)
     return fgm.Guided(teacher, args.guidance, null), generator, flow, gan
@@ -238,78 +242,89 @@ def make_networks(args, source, null, real, device, bf16):
 TEXT_TOKENS = 77 + 256  # CLIP's and T5's: no prompt is longer
 
 
-def try_one_step(args, source, device, dtype):
+def try_one_step(args, source):
     """One step of the run on random data, and one image decoded, with networks that are then thrown away.
 
     So what cannot be loaded, or does not fit into memory, is found before all prompts are encoded."""
 
     def text(n):
-        shapes = {"encoder_hidden_states": (TEXT_TOKENS, source.config["joint_attention_dim"]),
-                  "pooled_projections": (source.config["pooled_projection_dim"],)}
-        return {name: torch.randn(n, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+        kind = dict(device=source.device, dtype=source.dtype)
+        tokens = torch.randn(n, TEXT_TOKENS, source.config["joint_attention_dim"], **kind)
+        pooled = torch.randn(n, source.config["pooled_projection_dim"], **kind)
+        return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
     def real(seeds):
-        return torch.randn(len(seeds), *source.shape, device=device), text(len(seeds))
+        return torch.randn(len(seeds), *source.shape, device=source.device), text(len(seeds))
 
-    teacher, generator, flow, gan = make_networks(
-        args, source, text(1), real if args.real else None, device, dtype == torch.bfloat16)
-    micro_batch = args.micro_batch or args.batch // fgm.world_size()
+    teacher, generator, flow, gan = make_networks(args, source, text(1), real if args.real else None)
+    _, micro_batch = fgm.micro_batches(args.batch, args.micro_batch)
     settings = flags.distillation_settings(args, steps=1)
     settings |= {"batch": micro_batch * fgm.world_size(), "micro_batch": micro_batch}
     fgm.distill(teacher, generator, flow, source.shape, eps=1e-6, extra=gan,
                 conditions=lambda seeds: text(len(seeds)), **settings)
-    list(pipeline.decode(source.folder, torch.randn(1, *source.shape), device, dtype))
+    list(pipeline.decode(source.folder, torch.randn(1, *source.shape), source.device, source.dtype))
 
 
-def real_data(args, source, cache, device, dtype):
+def real_data(args, source, out):
     """real(seeds) -> (latents, cond) for the GAN: images and captions, encoded by the source pipeline."""
-    embeddings = cached_embeddings(source.folder, source.captions, cache / "captions", device, dtype)
-    size = args.height, args.width
-    latents = cached_latents(source.folder, source.paths, size, cache / "latents", device, dtype)
+    folder, device, dtype = source.folder, source.device, source.dtype
+    embeddings = cached_embeddings(folder, source.captions, out / "captions", device, dtype)
+    latents = cached_latents(folder, source.paths, source.size, out / "latents", device, dtype)
 
     def real(seeds):
-        chosen = seeds % len(latents)
+        chosen = seeds % len(source.paths)
         return latents(chosen)["latents"].float(), embeddings(chosen)
 
     return real
 
 
-def make_draw(args, source, embeddings, device, dtype):
-    """draw(sampler, n, first=0) -> latents [n, 16, h, w] of n prompts from all over the list, by noise of the
-    seeds first, first + 1, ..."""
+def make_draw_latents(args, source, embeddings):
+    """draw_latents(sampler, n) -> latents [n, 16, h, w] of n prompts from all over the list, by noise of the
+    seeds 0 to n - 1."""
 
-    def draw(sampler, n, first=0):
+    def draw_latents(sampler, n):
         latents = []
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
-            for i in torch.arange(n).split(args.micro_batch or n):
-                cond = embeddings(i * len(source.prompts) // n)
-                latents.append(sampler(processes.noise_from(i + first, source.shape, device), **cond))
+        with fgm.bf16_passes(args.precision, source.device), torch.no_grad():
+            for seeds in torch.arange(n).split(args.micro_batch or n):
+                cond = embeddings(source.spread(n)[seeds])
+                noise = processes.noise_from(seeds, source.shape, source.device)
+                latents.append(sampler(noise, **cond))
         return torch.cat(latents)
 
-    return draw
+    return draw_latents
 
 
-def check_teacher(args, source, teacher, embeddings, draw, device, dtype):
+def check_teacher(args, source, teacher, embeddings, draw_latents):
     """report.teacher_defect of the teacher without guidance, on a few of its own samples.
 
     A guided velocity is no mean and cannot be told so."""
     n = 32 if is_miniature(source.folder) else 4
-    x0 = draw(partial(fgm.sample_ode, teacher.net, steps=28), n)
-    cond = embeddings(torch.arange(n) * len(source.prompts) // n)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return report.teacher_defect(args.model, teacher.net, x0, args.seed, **cond)
+    x0 = draw_latents(partial(fgm.sample_ode, teacher.net, steps=28), n)
+    with fgm.bf16_passes(args.precision, source.device):
+        return report.teacher_defect(args.model, teacher.net, x0, args.seed, **embeddings(source.spread(n)))
 
 
-def make_run(args, source, teacher, draw, dtype, out):
-    """The run in OUT: its pictures, its score, and what a resumed run must share with it."""
+def make_run(args, source, teacher, draw_latents, out):
+    """The run in OUT: its pictures, its score on a miniature, and what a resumed run must share with it."""
     few = min(args.samples, 32)
+    prompts = [source.prompts[i] for i in source.spread(few)]
 
-    def distance(images):
-        return judge(images, [source.prompts[i * len(source.prompts) // few] for i in range(few)])[1]
+    def decoded(latents):
+        return torch.stack(list(pipeline.decode(source.folder, latents, source.device, source.dtype)))
+
+    def distance(sampler):
+        return judge(decoded(draw_latents(sampler, few)), prompts)[1]
+
+    scorer = make_scorer(teacher, distance)
+
+    def picture(step, generator):
+        latents = draw_latents(generator, 8)
+        if fgm.process_rank() == 0:
+            save_grid(out / f"distill-{step:07d}.png", decoded(latents))
+        return scorer(step, generator) if is_miniature(source.folder) else {}
 
     folder_run = run.folder_run(args, out)
-    folder_run.picture = pipeline.make_picture(
-        source.folder, out, teacher, draw, few, dtype, distance if is_miniature(source.folder) else None)
+    folder_run.picture = picture
     real_files = [[path.relative_to(args.real).as_posix(), path.stat().st_size] for path in source.paths]
     folder_run.fingerprint = {
         "lora": args.lora, "prompts": digest_of(source.prompts), "guidance": args.guidance,
@@ -322,23 +337,23 @@ def make_run(args, source, teacher, draw, dtype, out):
 # ---- Scores ------------------------------------------------------------------------------------------------
 
 
-def score(args, source, device, dtype, out):
+def score(args, source, out):
     """Draw with unmodified diffusers, and write pictures: {sampler: {score: value}}.
 
     The samplers are the source pipeline, with 28 steps and with 1, and OUT/pipeline. On the miniature digits
-    are judged; other models have no metric here (see --geneval). Seconds are those of the transformer."""
+    are judged, and other models have no metric here (see --geneval). Seconds are those of the transformer."""
     samplers = {
         "teacher, 28 steps": (source.folder, 28, args.guidance),
         "teacher, 1 step": (source.folder, 1, args.guidance),
         "one step": (out / "pipeline", 1, 0)}
-    miniature, size = is_miniature(source.folder), (args.height, args.width)
+    miniature = is_miniature(source.folder)
     prompts = [source.prompts[i % len(source.prompts)] for i in range(args.samples)]
     rows, samples = {}, {}
 
     for name, (folder, steps, guidance) in samplers.items():
         images, seconds = pipeline.draw(
-            folder, prompts, steps, guidance, size, device, dtype, args.seed, batch=50 if miniature else 4,
-            title=f"scoring: {name}")
+            folder, prompts, steps, guidance, source.size, source.device, source.dtype, args.seed,
+            batch=50 if miniature else 4, title=f"scoring: {name}")
         images = torch.stack(list(images))
         rows[name] = {"seconds_per_image": seconds / len(images)}
         samples[name] = images[:240:8] if miniature else images[:8]
@@ -368,48 +383,46 @@ def main():
     args = arguments()
     device = processes.setup(args.device)
     pipeline.quiet()
-    bf16 = fgm.wants_bf16(args.precision, device)
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if fgm.wants_bf16(args.precision, device) else torch.float32
     if args.sample or args.geneval:
         return processes.first_process(lambda: draw_from_run(args, device, dtype))
 
     # The source pipeline, prompts and real images; prompts and images are encoded once.
-    source, out = read_source(args, device), open_folder(args.out)
-    if args.overwrite or not checkpoint.checkpoints(out / "checkpoints", "distill"):
-        try_one_step(args, source, device, dtype)
-        free_memory()
+    source, out = read_source(args, device, dtype), open_folder(args.out)
+    try_one_step(args, source)
+    free_memory()
     cache = args.embeddings or out / "embeddings"
     embeddings = cached_embeddings(source.folder, source.prompts, cache, device, dtype)
-    real = real_data(args, source, out, device, dtype) if args.real else None
+    real = real_data(args, source, out) if args.real else None
 
     # The networks, whether the teacher is one, and Algorithm 1.
-    teacher, generator, flow, gan = make_networks(args, source, embeddings.null, real, device, bf16)
-    draw, defect = make_draw(args, source, embeddings, device, dtype), None
+    teacher, generator, flow, gan = make_networks(args, source, embeddings.null, real)
+    draw_latents, defect = make_draw_latents(args, source, embeddings), None
     if args.model != PAPER["model"]:
-        defect = check_teacher(args, source, teacher, embeddings, draw, device, dtype)
+        defect = check_teacher(args, source, teacher, embeddings, draw_latents)
     if args.compile:
         processes.compile_networks(teacher, generator.net, flow)
-    folder_run = make_run(args, source, teacher, draw, dtype, out)  # locks OUT as long as it exists
+    folder_run = make_run(args, source, teacher, draw_latents, out)  # locks OUT as long as it exists
     _, distill_seconds = fgm.distill(
         teacher, generator, flow, source.shape, eps=1e-6, extra=gan, run=folder_run,
         conditions=lambda seeds: embeddings(seeds % len(source.prompts)),
         **flags.distillation_settings(args, math.ceil(args.kimg * 1000 / args.batch)))
 
     # The files.
-    size, coefficients = (args.height, args.width), generator.coefficients()
+    coefficients = generator.coefficients()
     run.save_weights(generator.net, out / "generator.safetensors")
     pipeline.export(source.folder, generator, args.lora, dtype, out, source.shape)
     folder_run.picture = None  # it holds the teacher
-    del teacher, flow, generator, gan, draw  # the device is for the pipelines now
+    del teacher, flow, generator, gan  # the device is for the pipelines now
     free_memory()
 
     # The scores.
     if fgm.process_rank() == 0:
-        images = f"{len(source.paths)} images" if args.real else "no images"
-        trained_on = f"{args.kimg:g} thousand samples for {len(source.prompts)} prompts, and on {images}"
-        pipeline.write_card(args.model, size, coefficients, trained_on, out)
+        trained_on = (f"{args.kimg:g} thousand samples for {len(source.prompts)} prompts, and on "
+                      f"{len(source.paths)} images")
+        pipeline.write_card(args.model, source.size, coefficients, trained_on, out)
         began = time.perf_counter()
-        rows = score(args, source, device, dtype, out)
+        rows = score(args, source, out)
         seconds = {"distillation": distill_seconds, "scores": time.perf_counter() - began}
         write_results(args, rows, coefficients, defect, seconds, out)
 

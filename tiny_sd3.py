@@ -8,7 +8,7 @@ and T5 with their tokenizers, scheduler; diffusers' StableDiffusion3Pipeline run
 Transformer and VAE are trained here, on scikit-learn's 1,797 digits with captions; the text encoders stay as
 they are initialised: they tell the prompts apart, which is all that is needed.
 
-A folder that is interrupted half-way holds a file `unfinished`: the same command starts it again.
+OUT appears when all of it is there. A command that was interrupted is simply given again.
 With --hold-out a fifth of the digits is kept from the training and from OUT/images, and sd3.py reports
 whether samples are nearer to the digits that were trained on than to those.
 """
@@ -25,15 +25,15 @@ import fgm
 from fgm import InputError
 from images.data import save_grid, to_uint8
 from text2image.digits import PROMPTS, SIZE, captions, digits_to_train_on, judge
-from text2image.pipeline import UNFINISHED, draw, quiet, text_embeddings
+from text2image.pipeline import draw, quiet, text_embeddings
 from text2image.transformer import SD3Velocity
 from training import flags, report
-from training.files import open_folder, write_json
+from training.files import atomically, open_folder, write_json
 from training.flags import COUNT, RUN_FLAGS, Parser, Setting
 from training.progress import bar, batches
 from training.run import command, with_sum
 
-STARTS_AGAIN = "python tiny_sd3.py with the same flags starts again\n"  # in the file UNFINISHED
+CPU = torch.device("cpu")
 TRANSFORMER = dict(
     sample_size=4, patch_size=1, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2,
     attention_head_dim=16, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64,
@@ -47,16 +47,18 @@ def clip_parts(words):
     from transformers import CLIPTextConfig, CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = list(bytes_to_unicode().values())
     merges = []
     for word in words:
-        letters_of_word = [*word[:-1], word[-1] + "</w>"]
         for i in range(1, len(word)):  # letter by letter from the front, so that every word becomes one piece
-            merges.append((word[:i], letters_of_word[i]))
-    pieces = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)])
-    pieces = [*pieces, "<|startoftext|>", "<|endoftext|>"]
+            end = "</w>" if i == len(word) - 1 else ""
+            merges.append((word[:i], word[i] + end))
+    merges = list(dict.fromkeys(merges))  # several words may begin alike
+
+    letters = bytes_to_unicode().values()
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges),
+              "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=16)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
     config = CLIPTextConfig(
         vocab_size=len(pieces), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, projection_dim=32, max_position_embeddings=16,
@@ -69,10 +71,9 @@ def t5_parts(words):
     from transformers import T5Config, T5TokenizerFast
 
     letters = sorted({letter for word in words for letter in word} - set(words))
-    special = ["<pad>", "</s>", "<unk>"]
-    pieces = [*special, "▁", *(f"▁{word}" for word in words), *words, *letters]
-    scores = [0.0 if piece in special else -1.0 if len(piece) > 1 else -9.0 for piece in pieces]
-    tokenizer = T5TokenizerFast(vocab=list(zip(pieces, scores, strict=True)), extra_ids=0)
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in words), *words, *letters]
+    score = -1.0  # the same for all, so that a text is cut into as few pieces as possible
+    tokenizer = T5TokenizerFast(vocab=[(piece, score) for piece in pieces], extra_ids=0)
     config = T5Config(vocab_size=len(pieces), d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
                       feed_forward_proj="gated-gelu")
     return config, tokenizer
@@ -119,7 +120,7 @@ def train_vae(images, steps, batch=64, lr=3e-3):
     return vae, rms
 
 
-def train_transformer(pipe, digits, kimg, batch, lr, seed):
+def train_transformer(pipe, digits, args):
     """Train the pipeline's transformer by fgm.train_flow on latents and captions. Returns the seconds spent.
 
     digits: images [N, 3, 32, 32], labels [N], styles [N]. One prompt in ten is empty, for guidance."""
@@ -127,7 +128,7 @@ def train_transformer(pipe, digits, kimg, batch, lr, seed):
     shift, scale = pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor
     with torch.no_grad():
         latents = (pipe.vae.encode(images).latent_dist.mean - shift) * scale
-    texts = text_embeddings(pipe, [*PROMPTS, ""], torch.device("cpu"), torch.float32)
+    texts = text_embeddings(pipe, [*PROMPTS, ""], CPU, torch.float32)
 
     def data(seeds):
         progress.update(len(seeds))
@@ -136,22 +137,41 @@ def train_transformer(pipe, digits, kimg, batch, lr, seed):
         prompt = torch.where(choice // 8 % 10 == 0, len(PROMPTS), prompt)
         return latents[index], {name: column[prompt] for name, column in texts.items()}
 
-    steps = math.ceil(1000 * kimg / batch)
-    with bar("transformer", steps * batch) as progress:
+    steps = math.ceil(1000 * args.kimg / args.batch)
+    with bar("transformer", steps * args.batch) as progress:
         _, seconds = fgm.train_flow(
-            SD3Velocity(pipe.transformer.train()), data, steps=steps, batch=batch, lr=lr, betas=(0.9, 0.99),
-            lr_warmup=50, lr_decay=2 / 3, t_flow=(0.0, 1.0), ema_decay=0.99, seed=seed)
+            SD3Velocity(pipe.transformer.train()), data, steps=steps, batch=args.batch, lr=args.lr,
+            betas=(0.9, 0.99), lr_warmup=50, lr_decay=2 / 3, t_flow=(0.0, 1.0), ema_decay=0.99,
+            seed=args.seed)
     pipe.transformer.eval()
     return seconds
+
+
+def train(digits, args):
+    """(a pipeline trained on digits, the VAE's root mean square error, {phase: seconds})."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(args.seed)
+    began = time.perf_counter()
+    vae, rms = train_vae(digits[0], args.vae_steps)
+    seconds = {"vae": time.perf_counter() - began}
+
+    transformer = SD3Transformer2DModel(**TRANSFORMER)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, **text_parts())
+    seconds["transformer"] = train_transformer(pipe, digits, args)
+    return pipe, rms, seconds
+
+
+# ---- What is written ---------------------------------------------------------------------------------------
 
 
 def save_images(digits, folder):
     """Digits (images, labels, styles) as PNG files with captions in metadata.jsonl, for sd3.py --real."""
     from torchvision.transforms.functional import to_pil_image
 
+    folder.mkdir()
     images, labels, styles = digits
-    for old in open_folder(folder).glob("[0-9]" * 4 + ".png"):  # of a run with other flags
-        old.unlink()
     lines = []
     rows = zip(to_uint8(images), labels.tolist(), styles.tolist(), strict=True)
     for i, (image, label, style) in enumerate(rows):
@@ -160,11 +180,20 @@ def save_images(digits, folder):
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
+def score(folder, args):
+    """Draw from the pipeline in a folder, judge, and write a picture: {score: value}."""
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(args.samples)]
+    images, _ = draw(folder, prompts, 28, 4.0, (SIZE, SIZE), CPU, torch.float32, args.seed, title="scoring")
+    images = torch.stack(list(images))
+    save_grid(folder / "samples.png", images[::8])  # a prompt of each digit and style
+    following, distance = judge(images, prompts)
+    return {"following": following, "pixel_frechet": distance, "samples": len(images)}
+
+
 # ---- The command -------------------------------------------------------------------------------------------
 
 FLAGS = {
-    "out": Setting(flags.path, None, "output folder"),
-    "overwrite": Setting(bool, None, "replace the pipeline in OUT"),
+    "out": Setting(flags.path, None, "output folder, a new one"),
     "hold_out": Setting(bool, None, "train on four fifths of the digits; sd3.py then reports whether samples "
                                "are copies"),
     "vae_steps": Setting(int, COUNT, "training steps of the VAE"),
@@ -177,60 +206,33 @@ FLAGS = {
 DEFAULTS = dict(out="runs/tiny-sd3", vae_steps=300, kimg=96.0, batch=32, lr=1e-2, samples=240, seed=0)
 
 
-def build(args, out):
-    """Train and save the pipeline, its prompts and its real images. Returns the number of parameters of the
-    transformer, the VAE's error and {phase: seconds}."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    torch.manual_seed(args.seed)
-    began, digits = time.perf_counter(), digits_to_train_on(args.hold_out)
-    vae, rms = train_vae(digits[0], args.vae_steps)
-    vae_seconds = time.perf_counter() - began
-
-    transformer = SD3Transformer2DModel(**TRANSFORMER)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, **text_parts())
-    flow_seconds = train_transformer(pipe, digits, args.kimg, args.batch, args.lr, args.seed)
-
-    (out / UNFINISHED).write_text(STARTS_AGAIN, encoding="utf-8")
-    pipe.save_pretrained(out)
-    (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS), encoding="utf-8")
-    save_images(digits, out / "images")
-    parameters = sum(p.numel() for p in transformer.parameters())
-    return parameters, rms, {"vae": vae_seconds, "transformer": flow_seconds}
-
-
 def main():
     parser = Parser(
         {"settings": FLAGS}, prog="tiny_sd3.py",
         description="Build and train a miniature Stable Diffusion 3 pipeline on captioned digits.")
     args = parser.parse_with(lambda given: DEFAULTS)
     out = Path(args.out)
-    unfinished = out / UNFINISHED
-    finished = (out / "model_index.json").exists() and not unfinished.exists()
-    if finished and not args.overwrite:
-        raise InputError(f"{out} holds a pipeline already; --overwrite replaces it")
-    open_folder(out)
-    if not finished:  # a finished one is kept until it is replaced
-        unfinished.write_text(STARTS_AGAIN, encoding="utf-8")
+    if out.exists():
+        raise InputError(f"{out} exists already: remove it, or name another --out")
+    open_folder(out.parent)
     quiet()
-    parameters, rms, seconds = build(args, out)
 
-    # Draw from the saved pipeline, and judge.
-    prompts = (PROMPTS * math.ceil(args.samples / len(PROMPTS)))[: args.samples]
-    began, cpu = time.perf_counter(), torch.device("cpu")
-    images, _ = draw(out, prompts, 28, 4.0, (SIZE, SIZE), cpu, torch.float32, args.seed, title="scoring")
-    images = torch.stack(list(images))
-    following, distance = judge(images, prompts)
-    save_grid(out / "samples.png", images[:: len(images) // 64 or 1][:64])
-    seconds = with_sum(seconds | {"scores": time.perf_counter() - began})
-    scores = {"vae_rms": rms, "following": following, "pixel_frechet": distance, "samples": len(images)}
-    write_json(out / "tiny_sd3.json", scores | {"seconds": seconds, "settings": vars(args)})
-    unfinished.unlink()
+    digits = digits_to_train_on(args.hold_out)
+    pipe, rms, seconds = train(digits, args)
+    with atomically(out) as folder:
+        pipe.save_pretrained(folder)
+        (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS), encoding="utf-8")
+        save_images(digits, folder / "images")
 
-    print(f"miniature SD3, {parameters:,} parameters in the transformer; "
-          f"28 steps, guidance 4, {len(images)} samples")
-    print(f"VAE, rms error {rms:.4f}; prompt followed {following:.1%}; pixel Frechet distance {distance:.4f}")
+        began = time.perf_counter()
+        scores = {"vae_rms": rms, **score(folder, args)}
+        seconds = with_sum(seconds | {"scores": time.perf_counter() - began})
+        write_json(folder / "tiny_sd3.json", scores | {"seconds": seconds, "settings": vars(args)})
+
+    print(f"miniature SD3, {pipe.transformer.num_parameters():,} parameters in the transformer; "
+          f"28 steps, guidance 4, {args.samples} samples")
+    print(f"VAE, rms error {rms:.4f}; prompt followed {scores['following']:.1%}; "
+          f"pixel Frechet distance {scores['pixel_frechet']:.4f}")
     print(f"{report.spent(seconds)}; pictures in {out}/samples.png")
 
 

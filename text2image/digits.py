@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from fgm import InputError
-from images.data import digits, to_float
-from images.scores import Judge, copy_ratio, frechet_distance, random_order
+from images.data import digits, random_order, to_float
+from images.scores import Judge, copy_ratio, frechet_distance
 from training.files import read_json
 
 SIZE = 32  # pixels

@@ -5,23 +5,20 @@ import json
 import shutil
 import time
 import warnings
-from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 import fgm
 from fgm import InputError
-from images.data import save_grid, to_uint8
-from images.scores import frechet_distance
-from training.files import atomically, open_folder, read_json, reason, save_tensors
+from images.data import to_uint8
+from training.files import open_folder, read_json, reason, save_tensors
 from training.processes import noise_from
-from training.progress import bar, batches, make_scorer
+from training.progress import bar, batches
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 COMPONENTS = ("transformer", "vae", "scheduler", *ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
-UNFINISHED = "unfinished"  # a file that tiny_sd3.py removes from its folder when all is there
+UNUSED = ("*fp16*", "*.bin", "*.msgpack", "*.h5")  # the same weights in other forms
 
 # ---- Finding a pipeline ------------------------------------------------------------------------------------
 
@@ -40,10 +37,8 @@ def quiet():
 def find_model(model):
     """The local folder of a pipeline: model itself, or for a hub id its files in the hub's cache.
 
-    Raises InputError if it cannot be had or cannot be distilled."""
+    Raises InputError if it cannot be found, downloaded or distilled."""
     folder = Path(model) if Path(model).is_dir() else download(model)
-    if (folder / UNFINISHED).exists():
-        raise InputError(f"{model} is an unfinished miniature: `python tiny_sd3.py --out {model}` makes it")
     check_pipeline(folder, model)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if scheduler.get("sigma_max") is not None and scheduler["sigma_max"] == scheduler.get("sigma_min"):
@@ -55,10 +50,9 @@ def download(model):
     """The folder of a hub id in the hub's cache, downloaded where it is not there yet."""
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{name}/*{suffix}" for name in COMPONENTS for suffix in (".json", ".txt", ".model")]
-    patterns += ["model_index.json", "LICENSE*", "*/*.safetensors"]
+    patterns = ["model_index.json", "LICENSE*", *(f"{name}/*" for name in COMPONENTS)]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*fp16*"]))
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=UNUSED))
     except Exception as error:  # the hub's errors have no common base
         raise InputError(
             f"{model} is no folder, and its download failed ({type(error).__name__}: {reason(error)}); "
@@ -121,9 +115,9 @@ def load_network(folder, name, dtype):
 
 
 def load_pipeline(folder, networks, device, dtype):
-    """A StableDiffusion3Pipeline with these of its networks, from safetensors alone: pickles run code.
+    """A StableDiffusion3Pipeline with some of its networks, loaded from safetensors alone: pickles run code.
 
-    Raises InputError if it cannot be loaded."""
+    networks: their names. Raises InputError if it cannot be loaded."""
     from diffusers import StableDiffusion3Pipeline
 
     absent_t5 = {name for name in ("text_encoder_3", "tokenizer_3") if not (folder / name).is_dir()}
@@ -222,7 +216,6 @@ def export(folder, generator, lora_rank, dtype, out, shape=None):
 
     target = out / "pipeline"
     try:
-        (target / "model_index.json").unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         with bar(f"writing {target}"):
             transformer.save_pretrained(target / "transformer")
@@ -233,10 +226,10 @@ def export(folder, generator, lora_rank, dtype, out, shape=None):
 
 
 def copy_source(folder, target):
-    """Copy what an exported pipeline has from its source: all but transformer, scheduler and what is no part.
+    """Copy what an exported pipeline shares with its source: all components but transformer and scheduler.
 
     Copies, not links: neither folder may change with the other."""
-    unused = shutil.ignore_patterns(".*", "*.fp16.*", "*.bin", "*.msgpack", "*.h5")
+    unused = shutil.ignore_patterns(".*", *UNUSED)
     for path in folder.iterdir():
         if path.name in COMPONENTS and path.name not in ("transformer", "scheduler"):
             shutil.copytree(path, target / path.name, ignore=unused)
@@ -257,8 +250,7 @@ def write_card(model, size, coefficients, trained_on, out):
 The scheduler's only sigma is t* = {coefficients["t_star"]}; c_in = {coefficients["c_in"]} is in the weights
 of the patch embedding. Trained on {trained_on}.
 """
-    with atomically(out / "pipeline" / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    (out / "pipeline" / "README.md").write_text(text, encoding="utf-8")
 
 
 # ---- Images, by unmodified diffusers -----------------------------------------------------------------------
@@ -319,40 +311,6 @@ def decode(folder, latents, device, dtype, title=None):
         yield to_uint8(pixels.float())[0].cpu()  # [1, 3, H, W] -> [3, H, W]
 
 
-def make_picture(folder, out, teacher, draw, samples, dtype, judge=None):
-    """A picture(step, generator) for FolderRun: 8 decoded images as a grid in out, and a score for the log.
-
-    draw(sampler, n, first) -> n latents, by noise seeds from first; every process calls it. The score of
-    `samples` images is judge(uint8 images), or without one the Fréchet distance of latents, averaged over
-    the quarters of an image, to latents of the teacher's 50 steps from other noise."""
-
-    def decoded(latents):
-        return torch.stack(list(decode(folder, latents, latents.device, dtype)))
-
-    def quarters(latents):
-        return F.adaptive_avg_pool2d(latents.float(), 2).flatten(1).cpu()  # [N, 16, h, w] -> [N, 64]
-
-    @cache
-    def reference():
-        return quarters(draw(partial(fgm.sample_ode, teacher, steps=50), samples, first=samples))
-
-    def measure(sampler):
-        latents = draw(sampler, samples)
-        if judge:
-            return judge(decoded(latents))
-        return frechet_distance(reference(), quarters(latents))
-
-    scorer = make_scorer(teacher, measure)
-
-    def picture(step, generator):
-        latents = draw(generator, 8)
-        if fgm.process_rank() == 0:
-            save_grid(out / f"distill-{step:07d}.png", decoded(latents))
-        return scorer(step, generator)
-
-    return picture
-
-
 def write_geneval(records, images, target):
     """GenEval's folder layout, for four images in turn of each record, a line of its METADATA.jsonl:
     NNNNN/metadata.jsonl and NNNNN/samples/0000.png to 0003.png."""
@@ -364,7 +322,5 @@ def write_geneval(records, images, target):
         folder = target / f"{i // 4:05d}"
         samples = open_folder(folder / "samples")
         if i % 4 == 0:
-            with atomically(folder / "metadata.jsonl") as temporary:
-                temporary.write_text(json.dumps(records[i // 4]) + "\n", encoding="utf-8")
-        with atomically(samples / f"{i % 4:04d}.png") as temporary:
-            to_pil_image(image).save(temporary)
+            (folder / "metadata.jsonl").write_text(json.dumps(records[i // 4]) + "\n", encoding="utf-8")
+        to_pil_image(image).save(samples / f"{i % 4:04d}.png")

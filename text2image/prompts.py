@@ -124,56 +124,18 @@ def digest_of(content):
 
 
 def file_versions(paths):
-    """What tells whether files have changed, without reading them: [[path, size, time of change], ...].
-
-    paths: a list of Path."""
+    """[[path, size, time of change], ...] of a list of Path: what differs once a file has changed."""
     return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-
-
-def split_by_file(items):
-    """Items, split into lists of those that share a file."""
-    return [items[i : i + ROWS_PER_FILE] for i in range(0, len(items), ROWS_PER_FILE)]
-
-
-def cached_files(cache, title, made_of, parts, load, encode):
-    """The paths of safetensors files in the folder cache, one for each part: encode(load(), part[0]), a dict
-    of tensors with one row per item. parts: [(items, what decides their content beside made_of), ...].
-
-    What decides a file's content is in its name, so that a file that exists is kept, and what has changed is
-    made anew. The processes share the work. A collective call."""
-    cache = open_folder(cache)
-    paths = [cache / f"{title}-{i:06d}-{digest_of([made_of, key])[:16]}.safetensors"
-             for i, (_, key) in enumerate(parts)]
-    missing = first_process(lambda: [i for i, path in enumerate(paths) if not path.exists()])
-    if missing:
-        encoder, processes = load(), fgm.world_size()
-        with bar(f"encoding, for {cache}", len(missing), unit="files") as progress:
-            for i in missing[fgm.process_rank() :: processes]:
-                save_tensors(encode(encoder, parts[i][0]), paths[i])
-                progress.update(processes)
-        del encoder
-        free_memory()
-        if processes > 1:
-            dist.barrier()
-    return paths
 
 
 class Rows:
     """Rows of tensors in files of ROWS_PER_FILE, memory-mapped: called with indices [B], gives
-    {name: [B, ...]} on the device. null: the row of the empty prompt, {name: [1, ...]}."""
+    {name: [B, ...]} on the device."""
 
-    def __init__(self, paths, number, device, null=None):
-        from safetensors import SafetensorError, safe_open
+    def __init__(self, paths, device):
+        from safetensors import safe_open
 
-        self.number, self.device, self.null, self.files = number, device, null, []
-        for path in paths:
-            try:
-                self.files.append(safe_open(path, "pt"))
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{path} is damaged ({error}): remove it, and it is made again") from error
-
-    def __len__(self):
-        return self.number
+        self.files, self.device = [safe_open(path, "pt") for path in paths], device
 
     def __call__(self, indices):
         columns = {}
@@ -186,17 +148,43 @@ class Rows:
         return columns
 
 
-def cached_embeddings(folder, prompts, cache, device, dtype):
-    """Prompts encoded into files in the folder cache, as Rows of what the network takes:
-    {"encoder_hidden_states": [B, tokens, D], "pooled_projections": [B, P]}; null is the empty prompt's, for
-    guidance, from the first file. The encoders are freed then.
+def cached_rows(cache, title, items, made_of, load, encode, device):
+    """The Rows of a list of items, in safetensors files in the folder cache.
 
-    Files that exist are kept if they are of the same prompts, precision, and encoders and tokenizers, which
-    are told by path, size and time of change. A collective call."""
-    encoder_files = [*folder.glob("text_encoder*/*"), *folder.glob("tokenizer*/*")]
-    made_of = [file_versions(sorted(encoder_files)), str(dtype)]
-    parts = [(texts, texts) for texts in ([""], *split_by_file(prompts))]
-    first, *paths = cached_files(
-        cache, "prompts", made_of, parts, lambda: load_pipeline(folder, ENCODERS, device, dtype),
-        lambda pipe, texts: text_embeddings(pipe, texts, device, dtype))
-    return Rows(paths, len(prompts), device, null=Rows([first], 1, device)(torch.tensor([0])))
+    A file holds encode(load(), part), {name: [B, ...]}, of a part of the items. made_of(part) is all that
+    decides its content, and a digest of that is in its name. So a file that exists is kept, and what has
+    changed is made anew. The processes share the work. A collective call."""
+    cache = open_folder(cache)
+    parts = [items[i : i + ROWS_PER_FILE] for i in range(0, len(items), ROWS_PER_FILE)]
+    paths = [cache / f"{title}-{i:06d}-{digest_of(made_of(part))[:16]}.safetensors"
+             for i, part in enumerate(parts)]
+
+    missing = first_process(lambda: [i for i, path in enumerate(paths) if not path.exists()])
+    if missing:
+        encoder, processes = load(), fgm.world_size()
+        with bar(f"encoding, for {cache}", len(missing), unit="files") as progress:
+            for i in missing[fgm.process_rank() :: processes]:
+                save_tensors(encode(encoder, parts[i]), paths[i])
+                progress.update(processes)
+        del encoder
+        free_memory()
+        if processes > 1:
+            dist.barrier()
+    return Rows(paths, device)
+
+
+def cached_embeddings(folder, prompts, cache, device, dtype):
+    """Prompts as the network takes them, encoded into files in the folder cache, as Rows of
+    {"encoder_hidden_states": [B, tokens, D], "pooled_projections": [B, P]}. Their attribute null is the row
+    of the empty prompt, {name: [1, ...]}, for guidance.
+
+    Files that exist are kept if they are of the same prompts, precision, encoders and tokenizers; the last
+    two are told by path, size and time of change. A collective call."""
+    encoder_files = sorted([*folder.glob("text_encoder*/*"), *folder.glob("tokenizer*/*")])
+    made_of = [file_versions(encoder_files), str(dtype)]
+    rows = cached_rows(
+        cache, "prompts", [*prompts, ""], lambda texts: [made_of, texts],
+        lambda: load_pipeline(folder, ENCODERS, device, dtype),
+        lambda pipe, texts: text_embeddings(pipe, texts, device, dtype), device)
+    rows.null = rows(torch.tensor([len(prompts)]))
+    return rows

@@ -9,23 +9,15 @@ import fgm
 from fgm import InputError
 from images.data import IMAGE_SUFFIXES, image_files, read_image, to_float
 from text2image.pipeline import load_network
-from text2image.prompts import (
-    Rows,
-    cached_files,
-    file_versions,
-    read_json_lines,
-    read_lines,
-    split_by_file,
-    text_of,
-)
+from text2image.prompts import cached_rows, file_versions, read_json_lines, read_lines, text_of
 
 
 def load_real(folder):
     """(paths of the images, captions) of a folder, at any depth.
 
     Captions come from metadata.jsonl or metadata.csv in the folder, with file_name (relative to it) and text,
-    else from NAME.txt beside the image. What has none trains with the empty prompt, and is counted aloud.
-    Raises InputError, naming the file, for bad tables, and if no image has a caption."""
+    else from NAME.txt beside the image. An image without one trains with the empty prompt; how many do so is
+    printed. Raises InputError, naming the file, for bad tables, and if no image has a caption."""
     folder = Path(folder)
     files = image_files(folder, (*IMAGE_SUFFIXES, ".txt", ".jsonl", ".csv"))
     paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -93,7 +85,6 @@ def cached_latents(folder, paths, size, cache, device, dtype):
         return {"latents": torch.cat(latents)}  # 128 x [1, 16, h, w] -> [128, 16, h, w]
 
     made_of = [file_versions(sorted(folder.glob("vae/*"))), str(dtype), list(size)]
-    parts = [(part, file_versions(part)) for part in split_by_file(paths)]
-    files = cached_files(cache, "latents", made_of, parts,
-                         lambda: load_network(folder, "vae", torch.float32).to(device), encode)
-    return Rows(files, len(paths), device)
+    return cached_rows(
+        cache, "latents", paths, lambda part: [made_of, file_versions(part)],
+        lambda: load_network(folder, "vae", torch.float32).to(device), encode, device)

@@ -102,24 +102,15 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.up[adapter](self.down[adapter](x))
 
 
-def adapted_layers(transformer):
-    """[(block, path in it, layer)] of the linear layers that LoRA adapts: all but those of the norms."""
-    return [(block, path, layer) for block in transformer.transformer_blocks
-            for path, layer in block.named_modules()
-            if isinstance(layer, nn.Linear) and not path.startswith("norm")]
-
-
-def largest_rank(transformer):
-    """The smallest width of the layers that LoRA adapts: a larger rank adds nothing but memory."""
-    return min(min(layer.in_features, layer.out_features) for _, _, layer in adapted_layers(transformer))
-
-
 def add_lora(transformer, lora_rank):
-    """Freeze a transformer and give its layers a LoRA pair for each adapter. Returns their Switch."""
+    """Freeze a transformer and give its linear layers, all but those of the norms, a LoRA pair for each
+    adapter. Returns their Switch."""
     transformer.requires_grad_(False)
     switch = Switch()
-    for block, path, layer in adapted_layers(transformer):
-        block.set_submodule(path, LoRALinear(layer, lora_rank, switch))
+    for block in transformer.transformer_blocks:
+        for path, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear) and not path.startswith("norm"):
+                block.set_submodule(path, LoRALinear(layer, lora_rank, switch))
     return switch
 
 
