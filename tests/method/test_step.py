@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fgm
 import toy2d
-from training import flags
 
 SCALE = 1e9  # Adam's epsilon and lr: far above the gradients, so that a step moves each weight by -gradient
 
@@ -74,13 +73,12 @@ def separate_gradients(l1_weight, weight, t_generator, t_flow, use_extra, loss_s
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
-@pytest.mark.parametrize("weight", ["none", "sid", "noise"])
+@pytest.mark.parametrize("weight", [None, fgm.sid_weight])
 @pytest.mark.parametrize("t_flow", [(0.5, 2.0), (-1.0, 2.0)])
 @pytest.mark.parametrize("use_extra", [False, True])
 @pytest.mark.parametrize("l1_weight", [1.0, -0.4])
 def test_a_step_moves_the_weights_as_separate_passes(micro_batch, weight, t_flow, use_extra, l1_weight):
-    settings = dict(l1_weight=l1_weight, weight=flags.WEIGHTS[weight], t_generator=(0.5, 2.0), t_flow=t_flow,
-                    loss_scale=3.0)
+    settings = dict(l1_weight=l1_weight, weight=weight, t_generator=(0.5, 2.0), t_flow=t_flow, loss_scale=3.0)
     teacher, net, flow, critic = networks()
     nets = [net, flow, critic] if use_extra else [net, flow]
     before = [torch.cat([p.detach().flatten() for p in one.parameters()]) for one in nets]
@@ -108,8 +106,7 @@ class Checkpointed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("more", [
-    dict(), dict(l1_weight=-0.4), dict(t_flow=(-1.0, 2.0)),
-    dict(t_flow=(-1.0, 2.0), l1_weight=0.0), dict(flow_updates=2, micro_batch=4)])
+    dict(), dict(l1_weight=-0.4), dict(t_flow=(-1.0, 2.0)), dict(flow_updates=2, micro_batch=4)])
 def test_networks_with_activation_checkpointing_of_their_own(more):
     """The same weights as without. Reentrant checkpointing, which gives no gradients at an input, and none at
     all where the input needs none, is refused for any network that would lose by it."""
@@ -163,7 +160,6 @@ class Counting(toy2d.VelocityMLP):
     (dict(), [(1, 1), (1, 1), (1, 1)]),  # 8 units: a backward pass is 1 for the teacher, 2 for the others
     (dict(l1_weight=0.0), [(1, 1), (1, 1), (1, 2)]),  # 9
     (dict(t_flow=(-1.0, 2.0)), [(1, 1), (1, 1), (2, 2)]),  # 10
-    (dict(t_flow=(-1.0, 2.0), l1_weight=0.0), [(1, 1), (1, 1), (2, 2)]),  # 10
     (dict(flow_updates=3), [(1, 1), (3, 1), (3, 3)]),
 ])
 def test_passes_of_a_step(more, passes):
@@ -218,16 +214,3 @@ def test_networks_that_share_memory_are_refused():
     with pytest.raises(fgm.InputError, match="teacher and flow share parameters"):
         fgm.distill(teacher, generator, flow.requires_grad_(True), (2,), **settings)
     assert change(before, teacher) == 0
-
-
-def test_a_teacher_without_gradients_at_its_input_is_refused():
-    teacher, net, flow, _ = networks()
-
-    class Blind(torch.nn.Module):
-        @torch.no_grad()
-        def forward(self, x, t, shift):
-            return teacher(x, t, shift)
-
-    with pytest.raises(fgm.InputError, match="differentiable in x"):
-        generator = fgm.OneStepGenerator(net, 0.6)
-        fgm.distill(Blind(), generator, flow, (2,), steps=1, batch=12, conditions=conditions)
