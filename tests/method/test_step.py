@@ -46,8 +46,9 @@ def networks():
     return *nets, Critic()
 
 
-def separate_gradients(l1_weight, weight, t_generator, t_flow, use_extra, loss_scale):
-    """By two passes of the generator and of the flow, from the public losses alone."""
+def separate_passes(l1_weight, weight, t_generator, t_flow, use_extra, loss_scale):
+    """(gradients, terms of the log) by two passes of the generator and of the flow, from the public losses
+    alone."""
     teacher, net, flow, critic = networks()
     generator = fgm.OneStepGenerator(net, 0.6)
     draws = fgm.Draws(12, "cpu", 0, fgm.DISTILLATION, 0, 0)
@@ -58,6 +59,7 @@ def separate_gradients(l1_weight, weight, t_generator, t_flow, use_extra, loss_s
     with torch.no_grad():
         x0 = generator(z, **cond)
     loss = fgm.reflow_loss(flow, x0, noise, t_of_flow, **cond)
+    terms = {"flow_loss": loss.detach()}
     if use_extra:
         loss = loss + critic.flow_loss(flow, x0, seeds, cond)
     loss.mean().backward()
@@ -68,8 +70,17 @@ def separate_gradients(l1_weight, weight, t_generator, t_flow, use_extra, loss_s
         if use_extra:
             loss = loss + critic.generator_loss(flow, x0, seeds, cond)
         (loss_scale * loss.mean()).backward()
+
+    with torch.no_grad():
+        r_u, r_v = (fgm.reflow_loss(field, x0, noise, t, **cond) for field in (teacher, flow))
+        terms |= {"bound": r_u - r_v, "l1": fgm.fgm_losses(teacher, flow, x0, noise, t, **cond)[0]}
     nets = [net, flow, critic] if use_extra else [net, flow]
-    return [torch.cat([p.grad.flatten() for p in one.parameters()]) for one in nets]
+    return [torch.cat([p.grad.flatten() for p in one.parameters()]) for one in nets], terms
+
+
+class Watcher(fgm.Run):
+    def log(self, **terms):
+        self.terms = terms
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
@@ -82,12 +93,15 @@ def test_a_step_moves_the_weights_as_separate_passes(micro_batch, weight, t_flow
     teacher, net, flow, critic = networks()
     nets = [net, flow, critic] if use_extra else [net, flow]
     before = [torch.cat([p.detach().flatten() for p in one.parameters()]) for one in nets]
+    run = Watcher()
     fgm.distill(
         teacher, fgm.OneStepGenerator(net, 0.6), flow, (2,), steps=1, batch=12, micro_batch=micro_batch,
         lr=SCALE, eps=SCALE, conditions=conditions, extra=critic if use_extra else None, ema_decay=None,
-        **settings)
-    expected = separate_gradients(use_extra=use_extra, **settings)
-    for one, start, gradient in zip(nets, before, expected, strict=True):
+        run=run, **settings)
+    gradients, terms = separate_passes(use_extra=use_extra, **settings)
+    for name, term in terms.items():
+        torch.testing.assert_close(run.terms[name], term, rtol=1e-4, atol=1e-5)
+    for one, start, gradient in zip(nets, before, gradients, strict=True):
         moved = torch.cat([p.detach().flatten() for p in one.parameters()]) - start
         assert gradient.norm() > 0.1
         assert (moved + gradient).norm() < 1e-6 * gradient.norm()
