@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from training import run
+from training.flags import Parser
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite compares bits, those of a CPU, wherever it runs
 ROOT = Path(__file__).parent.parent
@@ -74,6 +76,22 @@ def assert_refused(driver, cases, out):
         line = refusal(driver, *arguments)
         assert message in line, (arguments, line)
     assert before and contents(out, "*.safetensors") == before
+
+
+def parse(driver, words, monkeypatch):
+    """A command's settings from its command line, or None where that is refused; nothing runs."""
+    kept, original = [], Parser.parse_with
+
+    def parse_and_stop(parser, *arguments):
+        kept.append(original(parser, *arguments))
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_with", parse_and_stop)
+        patch.setattr(sys, "argv", [driver.__file__, *words])
+        with pytest.raises(SystemExit):
+            driver.main()
+    return kept[0] if kept else None
 
 
 def forked(work, *arguments, processes=None, out):

@@ -11,16 +11,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from helpers import ENV, command
+from helpers import ENV, command_line
 from safetensors.torch import load_file
 
-SMALL = ["--device", "cpu", "--batch", "16", "--teacher-steps", "300", "--steps", "200", "--save-every", "20"]
-SMALL += ["--log-every", "10", "--samples", "500"]
+SMALL = ["--device", "cpu", "--batch", "16", "--teacher-steps", "300", "--steps", "200", "--save-every", "20",
+         "--log-every", "10", "--samples", "500"]
 
 
 def drive(out, kill_after=None, phase=None):
     """Run toy2d.py in out; with kill_after, kill it that many seconds after the first checkpoint of phase."""
-    line = command("toy2d.py", *SMALL, "--out", out)
+    line = command_line("toy2d.py", *SMALL, "--out", out)
     process = subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if kill_after is not None:
         while not list(Path(out).glob(f"checkpoints/{phase}-*")) and process.poll() is None:

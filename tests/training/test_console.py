@@ -70,15 +70,11 @@ def test_without_a_terminal_a_bar_is_one_line_and_more_every_half_minute(capsys,
         steps.update(1)
         while text.count("\n") < 2:
             text += capsys.readouterr().out
-    assert text.startswith("training:  25%") and "1.00/4.00" in text and "steps/s" in text
+    assert text.startswith("training:  25%") and "1.00/4.00" in text
 
 
-@pytest.mark.parametrize("stderr", [None, "closed"])
-def test_a_bar_without_a_standard_error_or_a_title(stderr, monkeypatch, capsys, tmp_path):
-    if stderr == "closed":
-        stderr = open(tmp_path / "stderr", "w")
-        stderr.close()
-    monkeypatch.setattr(sys, "stderr", stderr)
+def test_a_bar_without_a_standard_error_or_a_title(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
     assert list(batches(2, 1, "scoring")) == [0, 1]
     assert list(batches(2, 1, None)) == [0, 1]
     monkeypatch.undo()

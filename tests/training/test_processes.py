@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed.fsdp  # here, for all forks
 from helpers import TOY, call, forked, joined, json_lines
 from safetensors.torch import load_file
 

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgba
 from PIL import Image
 
 from training import progress
@@ -26,10 +25,9 @@ def test_progress_shows_a_run_whose_numbers_are_no_longer_finite(tmp_path):
     assert len(np.unique(np.array(Image.open(tmp_path / "progress.png")))) > 10
 
 
-@pytest.mark.parametrize("scores", [(0.3, 0.1), (0.3, -0.001), (2e-5, 1e-5)])
+@pytest.mark.parametrize("scores", [(0.3, 0.1), (0.3, -0.001)])
 def test_the_whole_log_lies_inside_the_axes(scores, tmp_path):
-    """Scores of the teacher far above and below, bounds of both signs with a band, an empty bin. The colours
-    are those of every picture."""
+    """Scores of the teacher far above and below, bounds of both signs with a band, an empty bin."""
     teacher = {"1": 4.0, "10": 0.03, "50": 0.002}
     by_t = {"bound_by_t": [None, -2.0, 5.0], "flow_loss_by_t": [None, 1.0, 3.0]}
     lines = [{"phase": "distill", "step": 1, "l1": 900.0, "bound": -40.0, "flow_gradient": 1.0}]
@@ -49,9 +47,3 @@ def test_the_whole_log_lies_inside_the_axes(scores, tmp_path):
     assert heights.max() == pytest.approx(0.5) and heights.min() == -40
     bars = [bar.get_height() for bar in axes[4].patches]
     assert np.isnan(bars[0]) and bars[1:] == [-2.0, 5.0]
-
-    colours = {line.get_label(): line.get_color() for axis in axes[:2] for line in axis.lines}
-    assert colours["bound: mean of $R_u - R_v$"] == "C0"
-    assert colours["L1: mean of $|u - v|^2$"] == "C1" and colours["flow loss: mean of $R_v$"] == "C2"
-    assert axes[4].patches[0].get_facecolor() == pytest.approx(to_rgba("C0"))
-    assert axes[3].patches[0].get_facecolor() == pytest.approx(to_rgba("C2"))
