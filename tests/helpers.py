@@ -49,13 +49,13 @@ def drive_here(driver, *arguments):
     finally:
         sys.argv = argv
         torch.set_num_threads(threads)
-        gc.collect()  # unlocks the folders of its runs
     return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
 
 
 def succeed(driver, *arguments):
     """What a command prints, which must succeed."""
     done = drive_here(driver, *arguments)
+    gc.collect()  # unlocks the folders of its runs
     assert done.returncode == 0, done.stderr
     return done.stdout
 
