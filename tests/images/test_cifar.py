@@ -181,7 +181,7 @@ def test_quick_run_on_photographs_a_part_of_which_is_held_out(tmp_path):
     names, out = ["caf\udce9", "\u0436"], tmp_path / "out"  # a byte of latin-1; a Cyrillic letter
     data = photographs(tmp_path / "data", [20, 10], names)
     line = ["--data", data, "--out", out, "--gan", "0.01", "--hold-out", *QUICK]
-    printed = succeed(cifar, *line)
+    succeed(cifar, *line)
     metrics, config = (json.loads((out / name).read_text()) for name in ("metrics.json", "config.json"))
     assert config["class_counts"] == [16, 8] and metrics["against"].startswith("24 training images")
     assert config["classes"] == load_network(out / "generator.safetensors")[1]["classes"] == names
@@ -191,9 +191,6 @@ def test_quick_run_on_photographs_a_part_of_which_is_held_out(tmp_path):
     assert metrics["metric"] == "judge Frechet distance"
     row = metrics["rows"]["one step"]
     assert row["judge_frechet"] == metrics["one_step"] and row["noise"] > 0
-    (one_step,) = (row for row in printed.splitlines() if row.startswith("  one step"))
-    numbers = [f"{row[name]:.4f}" for name in ("judge_frechet", "pixel_frechet", "noise", "accuracy")]
-    assert one_step.split()[2:6] == numbers
     for name in ("teacher, 50 steps", "one step"):
         row = metrics["rows"][name]
         assert row["to_trained"] > 0 and row["to_held_out"] > 0 and 0.9 < row["copy_ratio"] < 1.1

@@ -279,28 +279,3 @@ def test_judge_file_is_used_again_or_refused(judge, large_digits, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with refused("damaged"):
         scores.NetworkJudge.load(path, some, CPU)
-
-
-# ---- All scores --------------------------------------------------------------------------------------------
-
-
-def draw_from_classes(z, class_labels):
-    """A perfect sampler of images of two greys with noise, from noise z [B, 1, 8, 8]."""
-    return (class_labels @ torch.tensor([-0.6, 0.6])).view(-1, 1, 1, 1) + 0.1 * z
-
-
-def test_a_perfect_sampler_of_unequal_classes_scores_as_the_data_themselves():
-    labels = (torch.arange(2000) % 20 == 0).long()  # 95 % and 5 %
-    noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    pixels = images.to_uint8(draw_from_classes(noise, torch.eye(2)[labels]))
-    real = images.Images(pixels, labels, ["often", "seldom"])
-    scorer = scores.Scores(real, True, scores.train_judge(real), 2000)
-
-    def scored(counts):
-        return scorer.of(*images.draw_images(draw_from_classes, 2000, (1, 8, 8), counts, CPU))
-
-    row, floor = scored(real.class_counts()), scorer.of_data["pixel_frechet"]
-    assert row["accuracy"] == row["worst_class"] == 1
-    assert row["pixel_frechet"] == pytest.approx(floor, rel=0.15)
-    assert scored([1890, 110])["pixel_frechet"] > 1.5 * floor
-    assert scored([1, 1])["pixel_frechet"] > 100 * floor  # all classes alike

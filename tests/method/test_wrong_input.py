@@ -159,10 +159,8 @@ def test_conditions(conditions, message):
 
 
 @pytest.mark.parametrize("data, message", [
-    (torch.utils.data.DataLoader(DATA), "data must be a function of int64 seeds .*, not a DataLoader"),
     (rows, r"must return \(x0, cond\): a tensor \[B, ...\] and a dict, {} for none"),
     (lambda seeds: (DATA[:5], {}), "x0 as a tensor with one row for each seed, 2"),
-    (lambda seeds: (DATA[seeds], {}), "IndexError .*take row seeds % n of n"),
 ])
 def test_data(data, message):
     """In batches of two, which must not be taken for data and conditions."""

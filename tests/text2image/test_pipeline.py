@@ -66,7 +66,6 @@ def drop_a_tensor(path):
     (lambda f: cut(f / WEIGHTS), "cannot load .*transformer"),
     (lambda f: drop_a_tensor(f / WEIGHTS), "transformer lacks 1 of its weights"),
     (lambda f: (f / WEIGHTS).rename((f / WEIGHTS).with_suffix(".bin")), "cannot load .*transformer"),
-    (lambda f: (f / "unfinished").touch(), "unfinished miniature: `python tiny_sd3.py --out .*source`"),
 ])
 def test_bad_pipeline_is_refused(source, damage, message):
     damage(source)

@@ -120,17 +120,11 @@ def test_images_without_a_caption_are_counted_and_the_first_is_named(tmp_path, c
     assert "3 of 4 images" in printed and f"{tmp_path / '1.png'} the first" in printed
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("metadata.jsonl", '{"file_name": "a.png", "text": 7}', 'a text as "text"'),
-    ("metadata.csv", b"file_name,text\n\xff,a", "as a table in UTF-8"),
-    ("1.txt", b"\xff", "as text in UTF-8"),
-])
-def test_bad_captions_are_named(tmp_path, name, content, message):
+def test_a_bad_table_of_captions_is_named(tmp_path):
     picture(tmp_path / "1.png")
-    write(tmp_path / name, content)
-    with pytest.raises(fgm.InputError, match=message) as error:
+    write(tmp_path / "metadata.csv", b"file_name,text\n\xff,a")
+    with pytest.raises(fgm.InputError, match=r"cannot read .*metadata.csv as a table in UTF-8"):
         real.load_real(tmp_path)
-    assert str(tmp_path / name) in str(error.value)
 
 
 def test_latents_are_made_again_for_another_image_alone(model, tmp_path, monkeypatch):

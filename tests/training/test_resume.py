@@ -219,13 +219,9 @@ def test_a_second_run_in_the_same_folder_is_refused(copied):
 
 
 def test_functions_and_partials_are_told_apart_in_settings():
-    class Weight:
-        def __call__(self, t, u, c):
-            return t
-
-    texts = [json.dumps(checkpoint.as_json(weight)) for weight in (
-        functools.partial(fgm.logit_normal, 1), functools.partial(fgm.logit_normal, 2), fgm.sid_weight,
-        fgm.noise_weight, Weight())]
+    weights = [functools.partial(fgm.logit_normal, 1), functools.partial(fgm.logit_normal, 2), fgm.sid_weight,
+               fgm.noise_weight, torch.nn.Identity()]
+    texts = [json.dumps(checkpoint.as_json(weight)) for weight in weights]
     assert len(set(texts)) == 5 and texts[2] == '"sid_weight"'
     assert not any("0x" in text for text in texts)  # an address is another in the next process
 
