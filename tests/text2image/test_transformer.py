@@ -9,7 +9,6 @@ from helpers import forked, joined
 
 import bench
 import fgm
-from text2image import prompts
 from text2image.digits import PROMPTS
 from text2image.prompts import cached_embeddings
 from text2image.real import cached_latents
@@ -98,7 +97,7 @@ def test_bf16_gradient_is_near_that_of_fp32_and_the_timestep_stays_float32(model
             losses(teacher, flow, net, cond, embeddings.null)
         found.append(gradients(net))
     assert all(t.dtype == torch.float32 for t in seen)
-    assert sum(torch.equal(t, torch.full_like(t, 970.0)) for t in seen) == 4  # the generator's, twice each
+    assert sum(torch.equal(t, torch.full_like(t, 970.0)) for t in seen) == 4  # the generator's two passes
     assert next(teacher.parameters()).dtype == torch.bfloat16 and found[1].dtype == torch.float32
     assert 1e-5 < relative(found[1], found[0]) < 0.06  # a timestep in bfloat16: 0.18
 
@@ -113,13 +112,7 @@ def steps_of_weights(model, embeddings, lora_rank, folder):
     torch.manual_seed(0)
     teacher, flow, net = networks(model, lora_rank, True, False, "cpu", keep_features=True)
     paths = [model / "images" / f"{i:04d}.png" for i in range(5)]
-    rows = []
-    for prompts.ROWS_PER_FILE in (2, 128):  # three files, shared by the processes; one file
-        cache = folder / f"latents-{fgm.world_size()}-{prompts.ROWS_PER_FILE}"
-        latents = cached_latents(model, paths, (32, 32), cache, "cpu", torch.float32)
-        rows.append(latents(torch.arange(5))["latents"])
-        assert len(list(cache.iterdir())) == len(latents.files) == -(-5 // prompts.ROWS_PER_FILE)
-    assert torch.equal(*rows)
+    latents = cached_latents(model, paths, (32, 32), folder / "latents", "cpu", torch.float32)
 
     def real(seeds):
         return latents(seeds % 5)["latents"], embeddings(seeds % 5)
@@ -145,7 +138,7 @@ def save_steps(model, folder):
         torch.save(steps, folder / "steps.pt")
 
 
-def test_two_processes_move_the_weights_as_one(models, tmp_path, monkeypatch):
+def test_two_processes_move_the_weights_as_one(models, tmp_path):
     """With Adam's epsilon far above the gradients, a step moves each weight by its gradient times a constant.
 
     Both recipes, on the shape that has all kinds of blocks; the micro-batches are of the same samples."""
@@ -153,7 +146,6 @@ def test_two_processes_move_the_weights_as_one(models, tmp_path, monkeypatch):
     statuses = joined(forked(save_steps, model, tmp_path, processes=2, out=tmp_path))
     assert statuses == [0, 0], (tmp_path / "0.txt").read_text()
 
-    monkeypatch.setattr(prompts, "ROWS_PER_FILE", 128)
     embeddings = cached_embeddings(model, PROMPTS, tmp_path / "cache", CPU, torch.float32)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has: other sums of float32 differ by 2e-6

@@ -64,23 +64,15 @@ def distil_with_pictures(folder):
 def test_sharded_networks_and_replicas_on_two_processes_equal_one(tmp_path):
     """Pictures between steps change nothing; two go on with what one has begun, and the other way round."""
     results = []
+    for turn in ((("one", None), ("two", 2)), (("one", 2), ("two", None))):
+        for name, number in turn:
+            work = as_command, distil_with_pictures, tmp_path / name
+            started = forked(*work, processes=number, out=tmp_path)
+            assert {*joined(started)} == {0}, outputs(tmp_path)
 
-    def distil(folder, number):
-        started = forked(as_command, distil_with_pictures, folder, processes=number, out=tmp_path)
-        assert {*joined(started)} == {0}, outputs(tmp_path)
-
-    def take_results():
         for path in tmp_path.glob("*/*/generator.safetensors"):
             results.append(torch.cat([value.flatten() for value in load_file(path).values()]))
-            path.unlink()
             shutil.rmtree(path.parent / "checkpoints/distill-000000006")
-
-    distil(tmp_path / "one", None)
-    distil(tmp_path / "two", 2)
-    take_results()
-    distil(tmp_path / "one", 2)
-    distil(tmp_path / "two", None)
-    take_results()
     assert len(results) == 8
     assert all((result - results[0]).norm() < 1e-6 * results[0].norm() for result in results)
 

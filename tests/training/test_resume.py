@@ -136,20 +136,6 @@ def test_stopping_while_a_checkpoint_is_written_leaves_none(tmp_path, monkeypatc
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_finished_run_is_the_same_by_another_path_and_reports_its_times(copied, monkeypatch):
-    """Not one step is made again."""
-    times = json.loads((copied / "metrics.json").read_text())["seconds"]
-    before = contents(copied / "checkpoints")
-    (copied.parent / "link").symlink_to(copied)
-    monkeypatch.chdir(copied.parent)
-    succeed(toy2d, *TOY, "--out", "./link/../out/")
-    assert contents(copied / "checkpoints") == before and logged(copied) == ALL_LINES
-
-    again = json.loads((copied / "metrics.json").read_text())["seconds"]
-    assert [again[name] for name in ("teacher", "distillation")] == [times["teacher"], times["distillation"]]
-    assert again["all"] == pytest.approx(again["teacher"] + again["distillation"] + again["scores"])
-
-
 def test_a_lost_checkpoint_a_broken_log_line_and_folders_of_others(toy_run, copied):
     """A last line that is cut off does not keep a run from going on; it removes its own checkpoints only."""
     folder = copied / "checkpoints"
