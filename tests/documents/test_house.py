@@ -1,7 +1,6 @@
 """The house rules: what imports what, and how long the files are."""
 
 import ast
-import graphlib
 import io
 import sys
 import tokenize
@@ -35,22 +34,15 @@ def imported(source):
 
 
 def faults(sources):
-    """What breaks the order of ROOMS in {module: source}, or goes in a circle. bench may import commands."""
-    graph = {}
+    """What breaks the order of ROOMS in {module: source}. bench may import commands."""
+    broken = []
     for module, source in sources.items():
         names = imported(source)
-        graph[module] = {other for other in sources for name in names if f"{name}.".startswith(f"{other}.")}
-
-    broken = []
-    for module, uses in graph.items():
-        for other in sorted(uses):
+        for other in sources:
+            imports_it = any(f"{name}.".startswith(f"{other}.") for name in names)
             between_commands = room(module) == room(other) == room("commands") and module != "bench"
-            if room(other) > room(module) or between_commands:
+            if imports_it and (room(other) > room(module) or between_commands):
                 broken.append(f"{module} imports {other}")
-    try:
-        graphlib.TopologicalSorter(graph).prepare()
-    except graphlib.CycleError as error:
-        broken.append(f"circle {sorted(set(error.args[1]))}")
     return broken
 
 
@@ -62,16 +54,14 @@ def test_imports_run_downwards():
 @pytest.mark.parametrize("change, fault", [
     ({"fgm": "def f():\n    from training import low"}, "fgm imports training.low"),
     ({"one": "def f():\n    import two"}, "one imports two"),
-    ({"training.low": "from training.mid import name"}, "circle ['training.low', 'training.mid']"),
 ])
 def test_a_wrong_import_is_noticed(change, fault):
     sources = {
-        "fgm": "import torch", "training.low": "import fgm", "training.mid": "from training import low",
-        "images.high": "def f():\n    from training import low",
-        "one": "from images.high import name", "two": "import training.low, fgm", "bench": "import one, two",
+        "fgm": "import torch", "training.low": "import fgm", "one": "from training.low import name",
+        "two": "import training.low, fgm", "bench": "import one, two",
     }
     assert faults(sources) == []
-    assert fault in faults(sources | change)
+    assert faults(sources | change) == [fault]
 
 
 def test_fgm_stands_alone_and_talks_to_nobody():

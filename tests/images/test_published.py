@@ -94,11 +94,7 @@ def test_published_pickle_round_trip(edm_pickle, arguments):
 
 def test_other_precisions_and_layouts_are_read(edm_pickle):
     net = small_net().half().to(memory_format=torch.channels_last)
-    assert_same(load_edm(edm_pickle(net)).net, net.float())
-
-
-def assert_same(net, original):
-    state, expected = net.state_dict(), original.state_dict()
+    state, expected = load_edm(edm_pickle(net)).net.state_dict(), net.float().state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in state)
 
@@ -179,13 +175,6 @@ def network_file(path, tensors=None, generator=None, classes=(), class_counts=()
         about["generator"] = generator
     save_file(tensors or small_net().state_dict(), path, {"about": json.dumps(about)})
     return path
-
-
-@pytest.mark.parametrize("generator", [None, GENERATOR])
-def test_network_files_are_read(generator, tmp_path):
-    net, about = load_network(network_file(tmp_path / "file.safetensors", generator=generator))
-    assert not net.training and about["network"] == NETWORK and about.get("generator") == generator
-    assert_same(net, small_net())
 
 
 @pytest.mark.parametrize("changes", [

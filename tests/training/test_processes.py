@@ -94,16 +94,11 @@ def test_the_wait_ends_where_the_first_process_fails(kind, status, message, tmp_
     assert message in outputs(tmp_path)[1].splitlines()[-1]
 
 
-def test_noise_of_a_seed_is_its_own_and_standard_normal():
+def test_noise_of_a_seed_is_its_own():
     """Alone, in company, and for seeds that are neighbours or differ only above 32 bits."""
     seeds = torch.tensor([5, 6, 5 + 2**32, 2**62])
     noise = processes.noise_from(seeds, (4, 500), "cpu")
+    assert noise.dtype == torch.float32
     assert torch.equal(noise[1:2], processes.noise_from(seeds[1:2], (4, 500), "cpu"))
-    correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(4)
-    assert correlation.abs().max() < 0.1
-
-    noise = processes.noise_from(torch.arange(1000), (10, 100), "cpu")
-    assert noise.dtype == torch.float32 and noise.shape == (1000, 10, 100)
-    moments = [(noise.double() ** k).mean().item() for k in (1, 2, 3, 4)]
-    assert moments == pytest.approx([0, 1, 0, 3], abs=0.02)  # standard deviations: 1, 1.4, 4, 10 / 1000
-    assert abs((noise[1:] * noise[:-1]).mean().item()) < 0.005
+    covariance = torch.cov(noise.flatten(1)) - torch.eye(4)
+    assert covariance.abs().max() < 0.1
