@@ -9,16 +9,7 @@ from PIL import Image
 
 import fgm
 from images.data import to_uint8
-from text2image import prompts, real
-from text2image.digits import (
-    PROMPTS,
-    captioned_digits,
-    captions,
-    copy_scores,
-    digits_to_train_on,
-    judge,
-    split_rows,
-)
+from text2image import digits, prompts, real
 from text2image.pipeline import ENCODERS, load_pipeline
 
 CPU = torch.device("cpu")
@@ -69,7 +60,7 @@ def test_grammar_makes_different_prompts_and_the_same_ones_again():
 
 
 def test_embeddings_are_the_pipelines_own_and_resume(model, tmp_path):
-    texts = [PROMPTS[i] for i in range(200)] + ["x " * 100]
+    texts = digits.PROMPTS[:200] + ["x " * 100]
     rows = prompts.cached_embeddings(model, texts, tmp_path, CPU, torch.float32)
     pipe = load_pipeline(model, ENCODERS, CPU, torch.float32)
     expected = pipe.encode_prompt(texts[150], None, None, do_classifier_free_guidance=False)
@@ -162,20 +153,22 @@ def test_latents_are_made_again_for_another_image_alone(model, tmp_path, monkeyp
 
 
 def test_judge_reads_real_digits():
-    images, labels, styles = captioned_digits()
-    pairs = zip(styles.tolist(), labels.tolist(), strict=True)
-    texts = [captions(style, label)[i % 8] for i, (style, label) in enumerate(pairs)]
-    following, distance = judge(to_uint8(images), texts)
+    images, labels, styles = digits.captioned_digits()
+    pixels, pairs = to_uint8(images), zip(styles.tolist(), labels.tolist(), strict=True)
+    texts = [digits.captions(style, label)[i % 8] for i, (style, label) in enumerate(pairs)]
+    following, distance = digits.judge(pixels, texts)
     assert following > 0.99 and distance < 0.01
-    shifted = [captions(0, (label + 1) % 10)[0] for label in labels.tolist()]
-    assert judge(to_uint8(images), shifted)[0] < 0.01
+    shifted = [digits.captions(0, (label + 1) % 10)[0] for label in labels.tolist()]
+    assert digits.judge(pixels, shifted)[0] < 0.01
     with pytest.raises(fgm.InputError, match="does not name one digit"):
-        judge(images[:1].byte(), ["a cat"])
+        digits.judge(pixels[:1], ["a cat"])
 
 
 def test_copies_are_told_from_digits_that_nobody_has_seen():
     """A fifth is held out, a fixed choice. A copy is at distance 0 of one of four parts as large as that."""
-    training, held_out = (to_uint8(captioned_digits()[0][rows]) for rows in split_rows())
-    assert torch.equal(to_uint8(digits_to_train_on(hold_out=True)[0]), training) and len(held_out) == 359
-    assert 0.7 < copy_scores(training)["copy_ratio"] < 0.8
-    assert copy_scores(held_out)["copy_ratio"] > 10
+    images = to_uint8(digits.captioned_digits()[0])
+    training, held_out = (images[rows] for rows in digits.split_rows())
+    assert torch.equal(to_uint8(digits.digits_to_train_on(hold_out=True)[0]), training)
+    assert len(held_out) == 359
+    assert 0.7 < digits.copy_scores(training)["copy_ratio"] < 0.8
+    assert digits.copy_scores(held_out)["copy_ratio"] > 10
