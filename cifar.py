@@ -27,8 +27,8 @@ import fgm
 from fgm import InputError
 from images import data as images
 from images import scores
-from images.published import image_shape, load_network, load_teacher
-from images.unet import Block, build, keep_features
+from images.published import image_shape, load_edm, load_network, load_teacher  # noqa: F401
+from images.unet import Block, EDMUNet, build, keep_features  # noqa: F401
 from training import checkpoint, files, flags, processes, report, run
 from training.flags import COUNT, POSITIVE, Setting
 from training.gan import GAN

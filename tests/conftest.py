@@ -1,13 +1,14 @@
-"""What several files of tests share: the miniature of Stable Diffusion 3, hardly trained, in three shapes."""
+"""What several files of tests share: a run of toy2d.py, and the miniature of Stable Diffusion 3."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from helpers import drive_here
+from helpers import TOY, json_lines, succeed
 
 import tiny_sd3
+import toy2d
 from text2image.digits import PROMPTS
 from text2image.prompts import cached_embeddings
 
@@ -20,16 +21,23 @@ SHAPES = {
 
 
 @pytest.fixture(scope="session")
+def toy_run(tmp_path_factory):
+    """The folder of an uninterrupted run of toy2d.py, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, succeed(toy2d, *TOY, "--out", out)
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The folder of tiny_sd3.py; its images are the first 40 digits alone."""
+    """The folder of tiny_sd3.py, hardly trained, with digits held out; of its images the first 40 alone."""
     out = tmp_path_factory.mktemp("sd3") / "tiny"
-    done = drive_here(tiny_sd3, "--out", out, "--vae-steps", 3, "--kimg", 0.064, "--samples", 2)
-    assert done.returncode == 0, done.stderr
-    lines = (out / "images" / "metadata.jsonl").read_text().splitlines()
-    assert len(lines) == len(list((out / "images").glob("*.png"))) == 1797
-    for line in lines[40:]:
-        (out / "images" / json.loads(line)["file_name"]).unlink()
-    (out / "images" / "metadata.jsonl").write_text("\n".join(lines[:40]))
+    succeed(tiny_sd3, "--out", out, "--hold-out", "--vae-steps", 3, "--kimg", 0.064, "--samples", 2)
+    table = out / "images" / "metadata.jsonl"
+    records = json_lines(table)
+    assert len(records) == len(list(table.parent.glob("*.png"))) == 1438
+    for record in records[40:]:
+        (table.parent / record["file_name"]).unlink()
+    table.write_text("\n".join(map(json.dumps, records[:40])))
     return out
 
 

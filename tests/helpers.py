@@ -1,9 +1,9 @@
-"""What the tests of the commands share: commands run as a user would, and refusals checked."""
+"""What the tests of the commands share: commands run as a user would, here, in forks, and refused."""
 
 import contextlib
 import gc
-import importlib
 import io
+import json
 import multiprocessing
 import os
 import subprocess
@@ -15,41 +15,83 @@ import torch
 import torch.distributed as dist
 
 from training import run
+from training.flags import Parser
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite compares bits, those of a CPU, wherever it runs
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-
-def command(script, *arguments, processes=None):
-    """The command line of a script of the project, started by torchrun if processes are given."""
-    launcher = [sys.executable]
-    if processes is not None:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, str(ROOT / script), *map(str, arguments)]
+TOY = ["--device", "cpu", "--batch", "16", "--teacher-steps", "30", "--steps", "40", "--save-every", "10",
+       "--log-every", "10", "--samples", "500"]  # a run of toy2d.py of a few seconds
 
 
-def drive(script, *arguments, processes=None, **more):
-    """The finished process of a command. more: arguments of subprocess.run."""
-    line = command(script, *arguments, processes=processes)
-    return subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=3600, **more)
+def command_line(script, *arguments):
+    """That of a script of the project."""
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def call(driver, *arguments):
+    """A command in this process, which ends with its exit status. driver: its module."""
+    sys.argv = [Path(driver.__file__).name, *map(str, arguments)]
+    run.command(driver.main)
 
 
 def drive_here(driver, *arguments):
-    """drive in this process, which saves a start of Python and torch."""
+    """The finished process of a command; it runs in this one, which saves a start of Python and torch."""
     stdout, stderr, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
-    status, sys.argv = 0, [Path(driver.__file__).name, *map(str, arguments)]
+    status = 0
     torch.set_num_threads(1)
     try:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            run.command(driver.main)
+            call(driver, *arguments)
     except SystemExit as stopped:
         status = stopped.code
     finally:
         sys.argv = argv
         torch.set_num_threads(threads)
-        gc.collect()  # unlocks the folders of its runs
     return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
+
+
+def succeed(driver, *arguments):
+    """What a command prints, which must succeed."""
+    done = drive_here(driver, *arguments)
+    gc.collect()  # unlocks the folders of its runs
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refusal(driver, *arguments):
+    """The line on stderr with which a command is refused, after warnings at most; its status is 2."""
+    done = drive_here(driver, *arguments)
+    *others, line = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"{Path(driver.__file__).name}: "), done.stderr
+    assert all(other.startswith("warning: ") for other in others), done.stderr
+    return line
+
+
+def assert_refused(driver, cases, out):
+    """Each command line is refused with its message; no weights in out change."""
+    before = contents(out, "*.safetensors")
+    for arguments, message in cases:
+        line = refusal(driver, *arguments)
+        assert message in line, (arguments, line)
+    assert before and contents(out, "*.safetensors") == before
+
+
+def parse(driver, words, monkeypatch):
+    """A command's settings from its command line, or None where that is refused; nothing runs."""
+    kept, original = [], Parser.parse_with
+
+    def parse_and_stop(parser, *arguments):
+        kept.append(original(parser, *arguments))
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_with", parse_and_stop)
+        patch.setattr(sys, "argv", [driver.__file__, *words])
+        with pytest.raises(SystemExit):
+            driver.main()
+    return kept[0] if kept else None
 
 
 def forked(work, *arguments, processes=None, out):
@@ -87,21 +129,12 @@ def joined(processes):
     return [process.exitcode for process in processes]
 
 
-def call(driver, *arguments):
-    """A command in this process, which ends with its exit status."""
-    sys.argv = [Path(driver).name, *map(str, arguments)]
-    run.command(importlib.import_module(Path(driver).stem).main)
+def contents(folder, pattern="*"):
+    """{path: bytes} of the files in a folder, at any depth, but its lock."""
+    return {path: path.read_bytes() for path in folder.rglob(pattern)
+            if path.is_file() and path.name != ".lock"}
 
 
-def assert_refused(driver, cases, out, monkeypatch, capfd):
-    """Each command line ends with status 2 and its message, one line on stderr; no weights in out change."""
-    name = Path(driver.__file__).name
-    before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
-    for arguments, message in cases:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run.command(driver.main)
-        line = capfd.readouterr().err.splitlines()[-1]
-        assert stopped.value.code == 2 and line.startswith(f"{name}: ") and message in line, (arguments, line)
-    assert before and before == {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+def json_lines(path):
+    """The objects in a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -33,25 +33,6 @@ def test_every_row(tmp_path, monkeypatch):
     assert all(row["least"] <= row["median"] <= row["most"] for row in rows.values())
 
 
-class Field(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Conv2d(3, 3, 1)
-
-    def forward(self, x, t):
-        return self.net(x) * fgm.per_sample(t, x)
-
-
-def test_operations_are_counted_with_those_back_to_inputs():
-    """A 1x1 convolution: forward 1; generator and flow backward 2, of which the generator's input needs none;
-    the teacher back to its input 1."""
-    subject = bench.Subject(*(Field() for _ in range(3)), (3, 4, 4), 2, lambda seeds: {})
-    passes = bench.bare_passes(subject)
-    with bench.FlopCounterMode(display=False) as counter:
-        passes()
-    assert counter.get_total_flops() == 2 * (2 * 16 * 3 * 3) * (2 + 3 + 2)
-
-
 def norm(loss, net):
     return torch.nn.utils.get_total_norm(torch.autograd.grad(loss.mean(), list(net.parameters())))
 

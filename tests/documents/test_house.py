@@ -1,21 +1,12 @@
-"""The house rules: what imports what, how long the files are, a range for every numeric flag."""
+"""The house rules: what imports what, and how long the files are."""
 
 import ast
-import graphlib
 import io
-import math
 import sys
 import tokenize
 from pathlib import Path
 
 import pytest
-
-import bench
-import cifar
-import sd3
-import tiny_sd3
-import toy2d
-from training.flags import Parser, path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("fgm", "training", "points", "images", "text2image", "commands")  # imports go to the left
@@ -43,22 +34,15 @@ def imported(source):
 
 
 def faults(sources):
-    """What breaks the order of ROOMS in {module: source}, or goes in a circle. bench may import commands."""
-    graph = {}
+    """What breaks the order of ROOMS in {module: source}. bench may import commands."""
+    broken = []
     for module, source in sources.items():
         names = imported(source)
-        graph[module] = {other for other in sources for name in names if f"{name}.".startswith(f"{other}.")}
-
-    broken = []
-    for module, uses in graph.items():
-        for other in sorted(uses):
+        for other in sources:
+            imports_it = any(f"{name}.".startswith(f"{other}.") for name in names)
             between_commands = room(module) == room(other) == room("commands") and module != "bench"
-            if room(other) > room(module) or between_commands:
+            if imports_it and (room(other) > room(module) or between_commands):
                 broken.append(f"{module} imports {other}")
-    try:
-        graphlib.TopologicalSorter(graph).prepare()
-    except graphlib.CycleError as error:
-        broken.append(f"circle {sorted(set(error.args[1]))}")
     return broken
 
 
@@ -67,24 +51,17 @@ def test_imports_run_downwards():
     assert faults(SOURCES) == []
 
 
-@pytest.mark.parametrize(
-    "change, fault",
-    [
-        ({"fgm": "def f():\n    from training import low"}, "fgm imports training.low"),
-        ({"one": "def f():\n    import two"}, "one imports two"),
-        ({"training.low": "if True:\n    from images.high import main"}, "training.low imports images.high"),
-        ({"training.low": "import bench as b"}, "training.low imports bench"),
-        ({"training.low": "from training.mid import name"}, "circle ['training.low', 'training.mid']"),
-    ],
-)
+@pytest.mark.parametrize("change, fault", [
+    ({"fgm": "def f():\n    from training import low"}, "fgm imports training.low"),
+    ({"one": "def f():\n    import two"}, "one imports two"),
+])
 def test_a_wrong_import_is_noticed(change, fault):
     sources = {
-        "fgm": "import torch", "training.low": "import fgm", "training.mid": "from training import low",
-        "images.high": "def f():\n    from training import low",
-        "one": "from images.high import name", "two": "import training.low, fgm", "bench": "import one, two",
+        "fgm": "import torch", "training.low": "import fgm", "one": "from training.low import name",
+        "two": "import training.low, fgm", "bench": "import one, two",
     }
     assert faults(sources) == []
-    assert fault in faults(sources | change)
+    assert faults(sources | change) == [fault]
 
 
 def test_fgm_stands_alone_and_talks_to_nobody():
@@ -118,87 +95,9 @@ def code_lines(source):
     return len(lines - docstrings(source))
 
 
-COUNTED = '''"""A
-docstring."""
-
-x = """a
-text"""  # two lines of code
-# a comment
-
-def f():
-    "another docstring"
-    return x
-'''
-
-
-def test_code_lines_are_counted():
-    assert code_lines(COUNTED) == 4
-
-
 def test_the_house_stays_small():
     """Air and explanations are free: what counts is lines of code."""
     tests = [path.read_text() for path in ROOT.glob("tests/**/*.py")]
     assert code_lines(SOURCES["fgm"]) <= 470
     assert sum(map(code_lines, SOURCES.values())) <= 4165
     assert sum(map(code_lines, tests)) <= 3350
-
-
-def flags_of(command, monkeypatch):
-    """The actions of a command's parser, caught before it parses anything."""
-    caught = []
-
-    def stop(parser, choose, needs=()):
-        caught.extend(parser._actions)
-        raise SystemExit
-
-    monkeypatch.setattr(Parser, "parse_with", stop)
-    with pytest.raises(SystemExit):
-        command.main()
-    return caught
-
-
-@pytest.mark.parametrize("command", [toy2d, cifar, sd3, tiny_sd3, bench], ids=lambda module: module.__name__)
-def test_every_numeric_flag_has_a_range(command, monkeypatch):
-    flags = flags_of(command, monkeypatch)
-    numeric = [flag for flag in flags if flag.type in (int, float)]
-    assert numeric and all(flag.type in (None, int, float, str, path) for flag in flags)
-    bounded = [flag for flag in numeric if hasattr(flag, "setting") and flag.setting.allowed is not None]
-    assert [flag.dest for flag in numeric if flag not in bounded] == []
-
-
-@pytest.mark.parametrize("command", [toy2d, cifar, sd3, tiny_sd3, bench], ids=lambda module: module.__name__)
-def test_no_flag_takes_nonsense(command, monkeypatch, capsys):
-    """Every flag with a value, given every odd one: one line and status 2, or a value within its range."""
-    flags = [flag for flag in flags_of(command, monkeypatch) if flag.type]
-    monkeypatch.undo()
-    accepted = 0
-    for flag in flags:
-        for text in ("nan", "inf", "-inf", "-1", "0", str(2**70), "1e400", "", "word"):
-            number = flag.nargs if isinstance(flag.nargs, int) else 1
-            monkeypatch.setattr(sys, "argv", ["command", flag.option_strings[0], *[text] * number])
-            parsed = parse(command, monkeypatch)
-            error = capsys.readouterr().err
-            if parsed is None:
-                begins = error.startswith(f"{command.__name__}.py: ")
-                assert begins and error.count("\n") == 1, (flag.dest, text, error)
-                continue
-            value = getattr(parsed, flag.dest)
-            values = value if isinstance(value, list) else [value]
-            assert text and all(math.isfinite(v) and abs(v) < 2**70 for v in values if not isinstance(v, str))
-            accepted += 1
-    assert accepted
-
-
-def parse(command, monkeypatch):
-    """The parsed command line, or None where the parser refused it; nothing runs."""
-    kept, original = [], Parser.parse_with
-
-    def parse_and_stop(parser, *arguments):
-        kept.append(original(parser, *arguments))
-        raise SystemExit
-
-    monkeypatch.setattr(Parser, "parse_with", parse_and_stop)
-    with pytest.raises(SystemExit):
-        command.main()
-    monkeypatch.setattr(Parser, "parse_with", original)
-    return kept[0] if kept else None

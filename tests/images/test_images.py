@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional as F
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 import fgm
 from images import data as images
@@ -30,7 +28,7 @@ def test_image_is_turned_as_its_exif_says(tmp_path):
     np.testing.assert_array_equal(pixels, np.rot90(VALUES[:, :32], 3))
 
 
-@pytest.mark.parametrize("name, mode", [("a.png", "RGBA"), ("a.png", "LA"), ("a.gif", "P")])
+@pytest.mark.parametrize("name, mode", [("a.png", "RGBA"), ("a.gif", "P")])
 def test_what_is_transparent_is_white_whatever_lies_below(name, mode, tmp_path):
     values = np.full((8, 8, 4), 102, np.uint8)  # a colour of the palette
     values[:4, :, 3], values[4:, :, 3], values[4:, :, :3] = 255, 0, 51
@@ -47,13 +45,7 @@ def animated(path):
     Image.fromarray(VALUES).save(path, save_all=True, append_images=[Image.fromarray(255 - VALUES)])
 
 
-def truncated(path):
-    Image.fromarray(VALUES).save(path)
-    path.write_bytes(path.read_bytes()[:200])
-
-
 @pytest.mark.parametrize("name, write, message", [
-    ("a.png", truncated, "cannot read the image"),
     ("a.jpg", lambda path: path.write_text("<html>not found</html>"), "cannot identify image file"),
     ("a.gif", animated, "it is animated or has pages"),
     ("a.png", lambda path: Image.fromarray(np.ones((8, 8), np.uint16)).save(path), "16 or more bits"),
@@ -103,27 +95,20 @@ def test_hidden_files_and_what_systems_leave_are_passed_over(tmp_path, capsys):
     assert f"2 files in {tmp_path / 'cat'} are of other kinds and left out, {tmp_path}/cat/0.heic" in printed
 
 
-def folder(tmp_path, sizes):
-    """A folder of one black image of each (width, height), each in its own class."""
-    for i, size in enumerate(sizes):
-        (tmp_path / f"class{i}").mkdir(parents=True)
-        Image.new("RGB", size).save(tmp_path / f"class{i}" / "0.png")
-    return tmp_path
-
-
-def test_folder_names_what_is_wrong(tmp_path):
-    (tmp_path / "empty").mkdir()
-    hollow = folder(tmp_path / "hollow", [(8, 8), (8, 8)])
-    (hollow / "class1" / "0.png").unlink()
-    cases = [
-        (folder(tmp_path / "mixed", [(8, 8), (16, 16)]), "16x16, not 8x8; --resolution", False),
-        (folder(tmp_path / "one", [(8, 8)]), "at least two classes", True),
-        (tmp_path / "empty", "no sub-folders", False),
-        (hollow, "no images in its sub-folder class1", False),
-    ]
-    for path, message, cond in cases:
-        with refused(message):
-            images.load_images(str(path), cond=cond)
+@pytest.mark.parametrize("sizes, cond, message", [
+    ([8, 16], False, "16x16, not 8x8; --resolution"),
+    ([8], True, "at least two classes"),
+    ([], False, "no sub-folders"),
+    ([8, None], False, "no images in its sub-folder 1"),
+])
+def test_folder_names_what_is_wrong(sizes, cond, message, tmp_path):
+    """A folder of one black image of each size, each in its own class; None: no image."""
+    for name, size in enumerate(sizes):
+        (tmp_path / str(name)).mkdir()
+        if size:
+            Image.new("RGB", (size, size)).save(tmp_path / str(name) / "0.png")
+    with refused(message):
+        images.load_images(str(tmp_path), cond=cond)
 
 
 def test_cifar10_is_shrunk_by_averaging(monkeypatch):
@@ -136,11 +121,9 @@ def test_cifar10_is_shrunk_by_averaging(monkeypatch):
         images.load_images("cifar10", 64)
 
 
-def test_cifar10_without_a_home_or_a_download(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where there is no home
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    with refused("no home folder to keep CIFAR-10 in: set XDG_CACHE_HOME"):
-        images.load_images("cifar10")
+def test_cifar10_that_cannot_be_downloaded_is_said(tmp_path, monkeypatch):
+    def interrupted(*arguments, **settings):
+        raise OSError("cut off")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", interrupted)
@@ -148,11 +131,7 @@ def test_cifar10_without_a_home_or_a_download(tmp_path, monkeypatch):
         images.load_images("cifar10")
 
 
-def interrupted(*arguments, **settings):
-    raise OSError("cut off")
-
-
-@pytest.mark.parametrize("counts, n", [([95, 5], 20), ([2] * 5, 2), ([50, 0, 7], 19)])
+@pytest.mark.parametrize("counts, n", [([2] * 5, 2), ([50, 0, 7], 19)])
 def test_images_held_out_are_a_share_of_every_class(counts, n):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     held, others = images.split(labels, n)
@@ -161,7 +140,7 @@ def test_images_held_out_are_a_share_of_every_class(counts, n):
     assert (labels[held].bincount(minlength=len(counts)) - share).abs().max() <= 1
 
 
-@pytest.mark.parametrize("counts", [[95, 5], [1], [50, 0, 7]])
+@pytest.mark.parametrize("counts", [[1], [50, 0, 7]])
 def test_labels_are_drawn_as_often_as_the_data_has_them(counts):
     labels = images.labels_of(torch.arange(2 * sum(counts)), counts)
     for half in labels.chunk(2):
@@ -200,23 +179,6 @@ def test_noise_of_a_draw_is_the_spread_of_draws():
     assert scores.noise_of_draw(real, draws[0][:19]) is None
 
 
-def test_fid_is_that_of_torch_fidelity(tmp_path, monkeypatch):
-    real, fake = torch.from_numpy(VALUES[:40]).permute(0, 2, 1)[..., None].split(20)  # [20, 3, 64, 1] each
-    (tmp_path / "weights").write_bytes(b"no weights")
-    with refused("cannot load the Inception weights from"):
-        scores.inception_features(real, tmp_path / "weights", CPU)
-
-    def means(x):  # two features an image, in place of Inception's 2048
-        return (torch.stack([x.float().mean((1, 2, 3)), x[:, 0, 0, 0].float()], 1),)
-
-    monkeypatch.setattr(scores, "inception", lambda weights, device: means)
-    features = [scores.inception_features(pixels, None, CPU) for pixels in (real, fake)]
-    assert torch.equal(features[0], means(real)[0])
-    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, features), verbose=False)
-    ours = scores.frechet_distance(*features)
-    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
-
-
 # ---- Copies ------------------------------------------------------------------------------------------------
 
 
@@ -253,91 +215,21 @@ def test_judge_of_real_digits():
     assert share == pytest.approx(1 - 179 / 1797) and worst == pytest.approx(174 / (174 + 179))
 
 
-@pytest.fixture(scope="module")
-def large_digits():
-    """The digits, enlarged to 16x16."""
-    real = images.load_images("digits")
-    return real._replace(pixels=real.pixels.repeat_interleave(2, 2).repeat_interleave(2, 3))
-
-
-@pytest.fixture(scope="module")
-def judge(large_digits):
-    return scores.NetworkJudge.train(large_digits, False, CPU, seen=6000, batch=50)
-
-
-def test_judge_orders_images_as_an_eye_would(judge, large_digits):
-    """The more blurred, noised, or poor in classes, the farther; any of them farther than held-out images."""
-    pixels, labels = large_digits.pixels, large_digits.labels
-    real = scores.Gaussian(judge.features(pixels))
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-
-    def distance(pixels):
-        return real.distance(scores.Gaussian(judge.features(pixels.clamp(0, 255).to(torch.uint8))))
-
-    def blurred(size):
-        return F.avg_pool2d(pixels.float(), size, 1, size // 2, count_include_pad=False)
-
+def test_a_networks_judge_learns_the_classes_and_its_file_is_used_again_or_refused(tmp_path):
+    """Of digits that are enlarged to 16x16."""
+    path, digits = tmp_path / "judge.safetensors", images.load_images("digits")
+    digits = digits._replace(pixels=digits.pixels.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    some = digits.rows(slice(60))
+    judge = scores.NetworkJudge.train(digits, False, CPU, seen=6000, batch=50)
     assert judge.own_accuracy > 0.9
-    floor = distance(pixels[judge.hold_out(labels)[0]])
-    assert floor < distance(blurred(3)) < distance(blurred(5))
-    assert floor < distance(pixels + 40 * noise) < distance(pixels + 80 * noise)
-    assert floor < distance(pixels[labels >= 4]) < distance(pixels[labels >= 6])
-
-
-def test_judge_file_is_used_again_or_refused(judge, large_digits, tmp_path):
-    path = tmp_path / "judge.safetensors"
     judge.save(path)
-    again = scores.NetworkJudge.load(path, large_digits, CPU)
-    some = large_digits.pixels[:50]
-    assert torch.equal(again.features(some), judge.features(some))
+    again = scores.NetworkJudge.load(path, digits, CPU)
+    assert torch.equal(again.features(some.pixels), judge.features(some.pixels))
     assert again.own_accuracy == judge.own_accuracy
 
-    part = large_digits.rows(slice(60))
-    for others in (large_digits._replace(classes=list("abc")), part):
-        assert scores.NetworkJudge.load(path, others, CPU) is None
-    assert scores.judge_of(part, False, False, CPU, path).trained_on["images"] == part.fingerprint()
-    assert scores.NetworkJudge.load(path, part, CPU) is not None
-    judge.save(path)
+    assert scores.NetworkJudge.load(path, some, CPU) is None
+    assert scores.judge_of(some, False, False, CPU, path).trained_on["images"] == some.fingerprint()
+    assert scores.NetworkJudge.load(path, some, CPU) is not None
     path.write_bytes(path.read_bytes()[:-100])
     with refused("damaged"):
-        scores.NetworkJudge.load(path, large_digits, CPU)
-
-
-# ---- All scores --------------------------------------------------------------------------------------------
-
-
-def draw_from_classes(z, class_labels):
-    """A perfect sampler of images of two greys with noise, from noise z [B, 1, 8, 8]."""
-    return (class_labels @ torch.tensor([-0.6, 0.6])).view(-1, 1, 1, 1) + 0.1 * z
-
-
-def test_a_perfect_sampler_of_unequal_classes_scores_as_the_data_themselves():
-    labels = (torch.arange(2000) % 20 == 0).long()  # 95 % and 5 %
-    noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    pixels = images.to_uint8(draw_from_classes(noise, torch.eye(2)[labels]))
-    real = images.Images(pixels, labels, ["often", "seldom"])
-    scorer = scores.Scores(real, True, scores.train_judge(real), 2000)
-
-    def scored(counts):
-        return scorer.of(*images.draw_images(draw_from_classes, 2000, (1, 8, 8), counts, CPU))
-
-    row, floor = scored(real.class_counts()), scorer.of_data["pixel_frechet"]
-    assert row["accuracy"] == row["worst_class"] == 1
-    assert row["pixel_frechet"] == pytest.approx(floor, rel=0.15)
-    assert scored([1890, 110])["pixel_frechet"] > 1.5 * floor
-    assert scored([1, 1])["pixel_frechet"] > 100 * floor  # all classes alike
-
-
-@pytest.mark.parametrize("classes, cond, features, detector", [
-    (["a", "b"], True, ["judge_frechet", "pixel_frechet"], "judge.safetensors"),
-    (["a"], False, ["pixel_frechet"], "pixels, at most 16x16"),
-])
-def test_photographs_are_judged_where_there_are_classes(classes, cond, features, detector, tmp_path):
-    pixels = torch.from_numpy(VALUES).view(16, 16, 16, 3).permute(0, 3, 1, 2).contiguous()  # [16, 3, 16, 16]
-    real = images.Images(pixels, torch.arange(16) % len(classes), classes)
-    judge = scores.judge_of(real, cond, True, CPU, tmp_path / "judge.safetensors")
-    scorer = scores.Scores(real, cond, judge, 16)
-    assert list(scorer.features) == features and scorer.main == features[0] and scorer.detector == detector
-    row = scorer.of(pixels, real.labels)
-    assert row["pixel_frechet"] == pytest.approx(0, abs=1e-3) and ("accuracy" in row) == cond
-    assert (tmp_path / "judge.safetensors").exists() == (judge is not None)
+        scores.NetworkJudge.load(path, some, CPU)

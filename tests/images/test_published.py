@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import pickle
-import struct
 import sys
 import types
 from collections import OrderedDict
@@ -65,16 +64,16 @@ def edm_pickle(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch_utils", package)
     monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
 
-    def write(net, inner="SongUNet", outer="EDMPrecond", sigma_data=0.5, **extra):
+    def write(net, sigma_data=0.5, **extra):
         net = copy.deepcopy(net)
         channels, resolution = net.input_shape[:2]
         state = dict(
             img_resolution=resolution, img_channels=channels, label_dim=net.label_dim, use_fp16=False,
             sigma_min=0, sigma_max=float("inf"), sigma_data=sigma_data, _parameters={}, _buffers={},
-            _modules=OrderedDict(model=persistent(net, inner)),
+            _modules=OrderedDict(model=persistent(net, "SongUNet")),
         )
-        path = tmp_path / f"{inner}.pkl"
-        path.write_bytes(pickle.dumps({"ema": Persistent(outer, state), **extra}))
+        path = tmp_path / "network.pkl"
+        path.write_bytes(pickle.dumps({"ema": Persistent("EDMPrecond", state), **extra}))
         return path
 
     return write
@@ -83,7 +82,7 @@ def edm_pickle(monkeypatch, tmp_path):
 CONDITIONAL = dict(label_dim=10, augment_dim=9, channel_mult=(2, 2), num_blocks=2, attn_resolutions=(8, 4))
 
 
-@pytest.mark.parametrize("arguments", [dict(), CONDITIONAL, dict(attn_resolutions=())])
+@pytest.mark.parametrize("arguments", [CONDITIONAL, dict(attn_resolutions=())])
 def test_published_pickle_round_trip(edm_pickle, arguments):
     net = small_net(**arguments)
     loaded = load_edm(edm_pickle(net, sigma_data=np.float64(0.5)))
@@ -93,14 +92,9 @@ def test_published_pickle_round_trip(edm_pickle, arguments):
         torch.testing.assert_close(loaded(x, t, **cond), EDMVelocity(net)(x, t, **cond), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_other_precisions_and_layouts_are_read(dtype, edm_pickle):
-    net = small_net().to(dtype).to(memory_format=torch.channels_last)
-    assert_same(load_edm(edm_pickle(net)).net, net.float())
-
-
-def assert_same(net, original):
-    state, expected = net.state_dict(), original.state_dict()
+def test_other_precisions_and_layouts_are_read(edm_pickle):
+    net = small_net().half().to(memory_format=torch.channels_last)
+    state, expected = load_edm(edm_pickle(net)).net.state_dict(), net.float().state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in state)
 
@@ -135,9 +129,7 @@ def test_nothing_in_a_pickle_is_executed(edm_pickle, tmp_path):
 
 @pytest.mark.parametrize("opcodes, message", [
     (b"}.", "KeyError: 'ema'"),
-    (b"(iposix\nsystem\n.", "it names posix.system"),
     (b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8tR.", "numbers of a type that no EDM network has"),
-    (b"\x8e" + struct.pack("<Q", 2**62), "EOFError"),
 ])
 def test_hostile_pickles_are_refused(opcodes, message, tmp_path):
     path = tmp_path / "hostile.pkl"
@@ -145,20 +137,16 @@ def test_hostile_pickles_are_refused(opcodes, message, tmp_path):
     assert message in refusal(load_edm, path)
 
 
-@pytest.mark.parametrize("outer, inner, attributes, child, message", [
-    ("EDMPrecond", "SongUNet", dict(num_heads=1, skip_scale=0.5**0.5), "UNetBlock", None),
-    ("VPPrecond", "SongUNet", {}, "UNetBlock", "it has VPPrecond, which is not supported"),
-    ("EDMPrecond", "SongUNet", dict(num_heads=4, eps=1e-5), "UNetBlock", "num_heads other than 1, eps other"),
-    ("EDMPrecond", "SongUNet", {}, "FourierEmbedding", "the Fourier embedding of NCSN"),
+@pytest.mark.parametrize("outer, attributes, child, message", [
+    ("VPPrecond", {}, "UNetBlock", "it has VPPrecond, which is not supported"),
+    ("EDMPrecond", dict(num_heads=4, eps=1e-5), "UNetBlock", "num_heads other than 1, eps other"),
+    ("EDMPrecond", {}, "FourierEmbedding", "the Fourier embedding of NCSN"),
 ])
-def test_networks_that_compute_otherwise_are_refused(outer, inner, attributes, child, message):
+def test_networks_that_compute_otherwise_are_refused(outer, attributes, child, message):
     child = published.Module(child, {"_modules": {}})
-    network = published.Module(inner, {"_modules": {"child": child}, **attributes})
-    if message is None:
+    network = published.Module("SongUNet", {"_modules": {"child": child}, **attributes})
+    with pytest.raises(fgm.InputError, match=message):
         published.check_variant(published.Module(outer), network)
-    else:
-        with pytest.raises(fgm.InputError, match=message):
-            published.check_variant(published.Module(outer), network)
 
 
 def test_layers_and_numbers_that_would_be_wrong_are_refused(edm_pickle):
@@ -189,17 +177,9 @@ def network_file(path, tensors=None, generator=None, classes=(), class_counts=()
     return path
 
 
-@pytest.mark.parametrize("generator", [None, GENERATOR])
-def test_network_files_are_read(generator, tmp_path):
-    net, about = load_network(network_file(tmp_path / "file.safetensors", generator=generator))
-    assert not net.training and about["network"] == NETWORK and about.get("generator") == generator
-    assert_same(net, small_net())
-
-
 @pytest.mark.parametrize("changes", [
-    dict(colour=3), dict(img_resolution="8"), dict(in_channels=10**9, out_channels=10**9),
-    dict(channel_mult=[1, 10**9]), dict(class_counts=[1]), dict(tensors={"x": torch.ones(1)}),
-    dict(classes=None), dict(generator=GENERATOR | {"c_in": "1"}), dict(generator=["t_star"]),
+    dict(colour=3), dict(in_channels=10**9, out_channels=10**9), dict(tensors={"x": torch.ones(1)}),
+    dict(generator=GENERATOR | {"c_in": "1"}),
 ], ids=str)
 def test_hostile_network_files_are_refused(changes, tmp_path):
     refusal(load_network, network_file(tmp_path / "hostile.safetensors", **changes))
@@ -207,19 +187,14 @@ def test_hostile_network_files_are_refused(changes, tmp_path):
 
 def test_classes_and_their_counts_must_fit(tmp_path):
     net, path = small_net(label_dim=2), tmp_path / "file.safetensors"
-    network_file(path, net.state_dict(), label_dim=2, classes=["a", "b"], class_counts=[1, 2])
-    assert load_network(path)[1]["classes"] == ["a", "b"]
-    network_file(path, net.state_dict(), label_dim=2, classes=["a", "b"], class_counts=[1])
-    refusal(load_network, path)
-    network_file(path, net.state_dict(), label_dim=2, classes=["a", "b"], class_counts=[1, 0.5])
-    assert "class_counts" in refusal(load_network, path)
-    network_file(path, net.state_dict(), label_dim=2, classes=["a"], class_counts=[1, 2])
-    assert "its classes" in refusal(load_network, path)
+    for classes, counts, message in ((["a", "b"], [1, 0.5], "class_counts"), (["a"], [1, 2], "its classes")):
+        network_file(path, net.state_dict(), label_dim=2, classes=classes, class_counts=counts)
+        assert message in refusal(load_network, path)
 
 
 def test_what_is_no_network_file_is_refused(tmp_path):
     path = tmp_path / "file.safetensors"
-    for metadata in (None, {"about": ""}, {"about": "[" * 10**5}):
+    for metadata in (None, {"about": "[" * 10**5}):
         save_file(small_net().state_dict(), path, metadata)
         assert "no network file of cifar.py" in refusal(load_network, path)
     for load in (load_edm, load_network):

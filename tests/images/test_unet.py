@@ -116,18 +116,6 @@ def test_network_says_what_does_not_fit():
         net(torch.zeros(2, 1, 16, 16), torch.ones(2), torch.zeros(2, 10))
 
 
-def test_gradients_in_bfloat16_are_those_of_float32():
-    net = small_net(label_dim=10)
-    x, t, labels = torch.randn(16, 1, 8, 8), torch.rand(16), torch.eye(10)[torch.arange(16) % 10]
-    gradients = []
-    for bf16 in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = fgm.reflow_loss(net, x, x.flip(0), t, class_labels=labels).mean()
-        of_parameters = torch.autograd.grad(loss, list(net.parameters()))
-        gradients.append(torch.cat([gradient.flatten() for gradient in of_parameters]))
-    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
-
-
 # The velocity of a denoiser
 
 
@@ -148,24 +136,9 @@ def test_velocity_of_a_denoiser_and_back():
     torch.testing.assert_close(x - time * v, d, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("deviation", [0.2, 0.5, 2.0])
-def test_velocity_of_a_gaussian_data_set(deviation):
-    """With the optimal denoiser of N(0, deviation^2), v is GaussianMixture's, down to t = 1e-6 in float32."""
-
-    def optimal(x, label, **cond):  # the F whose D(y; s) is y deviation^2 / (s^2 + deviation^2)
-        s = (4 * label.double()).exp()[:, None]
-        y = x.double() * (s**2 + 0.25).sqrt()
-        denoised_minus_skip = (deviation**2 / (s**2 + deviation**2) - 0.25 / (s**2 + 0.25)) * y
-        return (denoised_minus_skip * (s**2 + 0.25).sqrt() / (s * 0.5)).to(x.dtype)
-
-    mixture = GaussianMixture([1.0], [[0.0, 0.0]], [[[deviation**2, 0.0], [0.0, deviation**2]]])
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
-        t = torch.tensor([0.003, 0.1, 0.5, 0.9, 0.98], dtype=dtype)
-        x = torch.randn(len(t), 2, dtype=dtype)
-        v = EDMVelocity(optimal)(x, t)
-        torch.testing.assert_close(v, mixture.velocity(x, t), rtol=tolerance, atol=tolerance)
-    if deviation == 0.5:  # F = 0: exact at any t, without cancellation
-        t = torch.tensor([1e-6, 1.0])
-        x = torch.randn(2, 2)
-        v = EDMVelocity(lambda x, label: torch.zeros_like(x))(x, t)
-        torch.testing.assert_close(v, mixture.velocity(x, t), rtol=1e-6, atol=1e-6)
+def test_velocity_where_the_network_is_0_is_that_of_a_gaussian_at_any_t():
+    """Of N(0, 0.5^2), as EDM takes the data to be; in float32 down to t = 1e-6 nothing cancels."""
+    mixture = GaussianMixture([1.0], [[0.0, 0.0]], 0.25 * torch.eye(2)[None])
+    x, t = torch.randn(4, 2), torch.tensor([1e-6, 0.1, 0.9, 1.0])
+    v = EDMVelocity(lambda x, label: torch.zeros_like(x))(x, t)
+    torch.testing.assert_close(v, mixture.velocity(x, t), rtol=1e-5, atol=1e-6)

@@ -23,18 +23,10 @@ def test_path_at_both_ends():
 
 
 def test_generator_is_b1():
-    generator = fgm.OneStepGenerator(lambda x, t: x * per(t) + 1, 0.97, c_in=0.8)
+    generator = fgm.OneStepGenerator(lambda x, t: x * t[:, None] + 1, 0.97, c_in=0.8)
     z = torch.randn(5, 2)
     torch.testing.assert_close(generator(z), z - 0.97 * (0.8 * z * 0.97 + 1))
     assert generator.coefficients() == {"t_star": 0.97, "c_in": 0.8, "c_skip": 1.0, "c_out": 0.97}
-
-
-def per(t):
-    return t[:, None]
-
-
-def column(t, u, target):
-    return per(t)
 
 
 def test_generator_starts_near_the_data():
@@ -61,16 +53,8 @@ def test_guidance():
     null = {"c": torch.tensor([[0.5]])}
     torch.testing.assert_close(fgm.Guided(net, 4.0, null)(x, t, c=c), x * (0.5 + 4 * (c - 0.5)))
     torch.testing.assert_close(fgm.Guided(net, 1.0, null)(x, t, c=c), x * c)
-    with pytest.raises(ValueError, match="guidance replaces"):
-        fgm.Guided(net, 4.0, null)(x, t)
     with pytest.raises(ValueError, match=r"guidance replaces the tensors \['c'\], the call lacks \['c'\]"):
         fgm.Guided(net, 4.0, {"c": 0.5})(x, t, c=2.0)  # not a tensor: it would not be replaced
-
-
-def mixture():
-    covs = [[[0.5, 0.2], [0.2, 0.3]], [[0.1, 0.0], [0.0, 0.0]]]
-    target = GaussianMixture([1.0, 3.0], [[1.0, 0.0], [-1.0, 2.0]], covs)
-    return target, torch.tensor(covs, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("t", [0.05, 0.5, 1.0])
@@ -78,7 +62,8 @@ def test_mixture_velocity_from_the_score(t):
     """v = -(x + t score) / (1 - t) for t < 1, and at t = 1 v = x - E[x0].
 
     The density is that of torch.distributions, its score by autograd."""
-    target, covs = mixture()
+    covs = torch.tensor([[[0.5, 0.2], [0.2, 0.3]], [[0.1, 0.0], [0.0, 0.0]]], dtype=torch.float64)
+    target = GaussianMixture([1.0, 3.0], [[1.0, 0.0], [-1.0, 2.0]], covs)
     x = torch.randn(32, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     times = torch.full((32,), t, dtype=torch.float64)
     noised = (1 - t) ** 2 * covs + t**2 * torch.eye(2, dtype=torch.float64)
@@ -87,26 +72,6 @@ def test_mixture_velocity_from_the_score(t):
     score = torch.autograd.grad(density.log_prob(x).sum(), x)[0]
     expected = x - target.weights @ target.means if t == 1 else -(x + t * score) / (1 - t)
     torch.testing.assert_close(target.velocity(x, times), expected, rtol=1e-9, atol=1e-9)
-
-
-def test_mixture_far_away_and_near_zero():
-    target, _ = mixture()
-    x = torch.tensor([[1e6, -1e6], [0.3, 0.1]])
-    for t in (1e-6, 1e-3, 1.0):
-        times = torch.full((2,), t)
-        v32, v64 = target.velocity(x, times), target.velocity(x.double(), times.double())
-        assert v32.dtype == torch.float32 and v64.isfinite().all()
-        torch.testing.assert_close(v32.double(), v64, rtol=1e-5, atol=1e-5)
-
-
-def test_mixture_samples():
-    target, covs = mixture()
-    x = target.sample(200_000, torch.Generator().manual_seed(0)).double()
-    mean = target.weights @ target.means
-    spread = target.means - mean
-    cov = (target.weights[:, None, None] * (covs + spread[:, :, None] * spread[:, None])).sum(0)
-    torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=0.015)
-    torch.testing.assert_close(torch.cov(x.T), cov, rtol=0, atol=0.02)
 
 
 def test_draws_do_not_depend_on_micro_batches_and_differ_by_step():
@@ -120,33 +85,25 @@ X, T = torch.zeros(4, 2), torch.full((4,), 0.5)
 LEANING = torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: fgm.interpolate(X, X, T + 1), "t must lie in"),
-        (lambda: fgm.interpolate(X, X, T * math.nan), "t must lie in"),
-        (lambda: fgm.interpolate(X, X, T[:, None]), r"t must have shape \[4\]"),
-        (lambda: fgm.reflow_loss(gaussian(0, 1), X, X[:, :1], T), r"\[4, 2\] and \[4, 1\]"),
-        (lambda: fgm.reflow_loss(lambda x, t: x[:, :1], X, X, T), r"got \[4, 1\]"),
-        (lambda: fgm.fgm_losses(lambda x, t: x[:1], lambda x, t: x, X, X, T), r"got \[1, 2\]"),
-        (lambda: fgm.fgm_losses(gaussian(0, 1), gaussian(1, 1), X, X, T, weight=column),
-         r"weight must return \[4\], one value per sample, got \[4, 1\]"),
-        (lambda: fgm.fgm_losses(gaussian(0, 1), gaussian(1, 1), X, X, T, weight=lambda *_: [1.0, 2.0]),
-         r"weight must return \[4\], one value per sample, got \[2\]"),
-        (lambda: fgm.OneStepGenerator(torch.nn.Identity(), 0.0), "t_star"),
-        (lambda: fgm.OneStepGenerator(torch.nn.Identity(), 1.5), "t_star"),
-        (lambda: fgm.sample_ode(gaussian(0, 1), X, 0), "steps"),
-        (lambda: fgm.sample_ode(gaussian(0, 1), X, 5, "rk4"), "solver"),
-        (lambda: GaussianMixture([-1.0, 2.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
-        (lambda: GaussianMixture([0.0, 0.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
-        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), -torch.eye(2)[None]), "semi-definite"),
-        (lambda: GaussianMixture([math.inf], torch.zeros(1, 2), torch.zeros(1, 2, 2)), "weights"),
-        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), LEANING), "symmetric"),
-        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), LEANING * math.nan), "symmetric"),
-        (lambda: GaussianMixture([1.0], torch.zeros(1, 2), torch.zeros(1, 3, 3)), "shapes"),
-        (lambda: gaussian(0, 1)(X, 0 * T), r"\(0, 1\]"),
-    ],
-)
+def column(t, u, c):
+    return t[:, None]
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: fgm.interpolate(X, X, T * math.nan), "t must lie in"),
+    (lambda: fgm.interpolate(X, X, T[:, None]), r"t must have shape \[4\]"),
+    (lambda: fgm.reflow_loss(gaussian(0, 1), X, X[:, :1], T), r"\[4, 2\] and \[4, 1\]"),
+    (lambda: fgm.fgm_losses(gaussian(0, 1), gaussian(1, 1), X, X, T, weight=column),
+     r"weight must return \[4\], one value per sample, got \[4, 1\]"),
+    (lambda: fgm.OneStepGenerator(torch.nn.Identity(), 0.0), "t_star"),
+    (lambda: fgm.sample_ode(gaussian(0, 1), X, 0), "steps"),
+    (lambda: fgm.sample_ode(gaussian(0, 1), X, 5, "rk4"), "solver"),
+    (lambda: GaussianMixture([-1.0, 2.0], torch.zeros(2, 2), torch.zeros(2, 2, 2)), "weights"),
+    (lambda: GaussianMixture([1.0], torch.zeros(1, 2), -torch.eye(2)[None]), "semi-definite"),
+    (lambda: GaussianMixture([1.0], torch.zeros(1, 2), LEANING), "symmetric"),
+    (lambda: GaussianMixture([1.0], torch.zeros(1, 2), torch.zeros(1, 3, 3)), "shapes"),
+    (lambda: gaussian(0, 1)(X, 0 * T), r"\(0, 1\]"),
+])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import fgm
@@ -112,53 +111,39 @@ def data_minus_noise(mixture, x, t):
     return (x + (1 - t) ** 2 * at_x) / t + (1 - t) * at_x
 
 
-class TorchCFM(nn.Module):
-    """torchcfm.models.MLP."""
-
-    def forward(self, x):
-        return data_minus_noise(MIXTURE, x[:, :-1], x[:, -1])
-
-
-class TorchCFMImages(nn.Module):
-    """torchcfm.models.unet.UNetModelWrapper."""
-
-    def forward(self, t, x, y=None, *args, **kwargs):
-        assert y.shape == t.shape
-        return data_minus_noise(MIXTURE, x, t)
-
-
-class FlowMatching(nn.Module):
-    """What flow_matching.solver.ODESolver calls, by names."""
-
-    def forward(self, *, x, t, **extras):
-        return data_minus_noise(MIXTURE, x, t)
-
-
-class Diffusers(nn.Module):
-    def forward(self, sample, timestep, class_labels=None, return_dict=True):
-        assert class_labels.shape == timestep.shape
-        return wrappers.Output(-data_minus_noise(MIXTURE, sample, 1 - timestep / 1000))
-
-
-class Epsilon(nn.Module):
-    """The noise of the step's x, known from the score."""
-
-    def forward(self, x, step):
-        assert step.dtype == torch.int64 and (step == step[0]).all()
-        a = ALPHAS_CUMPROD[step[0]]
-        return -(1 - a).sqrt() * score(MIXTURE, x, a.sqrt(), (1 - a).sqrt())
-
-
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 STEPS = wrappers.steps_of(ALPHAS_CUMPROD)
 
 
+def torchcfm_images(t, x, y):
+    """torchcfm.models.unet.UNetModelWrapper."""
+    assert y.shape == t.shape
+    return data_minus_noise(MIXTURE, x, t)
+
+
+def flow_matching(*, x, t):
+    """What flow_matching.solver.ODESolver calls, by names."""
+    return data_minus_noise(MIXTURE, x, t)
+
+
+def diffusers_network(sample, timestep, class_labels):
+    assert class_labels.shape == timestep.shape
+    return wrappers.Output(-data_minus_noise(MIXTURE, sample, 1 - timestep / 1000))
+
+
+def epsilon(x, step):
+    """The noise of the step's x, known from the score."""
+    assert step.dtype == torch.int64 and (step == step[0]).all()
+    a = ALPHAS_CUMPROD[step[0]]
+    return -(1 - a).sqrt() * score(MIXTURE, x, a.sqrt(), (1 - a).sqrt())
+
+
 @pytest.mark.parametrize("wrapped, cond", [
-    (wrappers.FromTorchCFM(TorchCFM()), {}),
-    (wrappers.FromTorchCFMImages(TorchCFMImages()), {"y": torch.arange(64)}),
-    (wrappers.FromFlowMatching(FlowMatching()), {}),
-    (wrappers.FromDiffusers(Diffusers()), {"class_labels": torch.arange(64)}),
-    (wrappers.FromEpsilon(Epsilon(), STEPS), {}),
+    (wrappers.FromTorchCFM(lambda xt: data_minus_noise(MIXTURE, xt[:, :-1], xt[:, -1])), {}),
+    (wrappers.FromTorchCFMImages(torchcfm_images), {"y": torch.arange(64)}),
+    (wrappers.FromFlowMatching(flow_matching), {}),
+    (wrappers.FromDiffusers(diffusers_network), {"class_labels": torch.arange(64)}),
+    (wrappers.FromEpsilon(epsilon, STEPS), {}),
 ], ids=["torchcfm", "torchcfm images", "flow_matching", "diffusers", "epsilon"])
 @pytest.mark.parametrize("value", [0.1, 0.5, 0.9])
 def test_a_wrapped_network_is_the_exact_velocity(wrapped, cond, value):
@@ -197,9 +182,7 @@ def dit():
 
 @pytest.mark.parametrize("make", [unet, dit])
 def test_a_wrapped_network_of_diffusers(make):
-    """It is the direct call. Distillation moves the weights of generator and flow, not the teacher's.
-
-    Two steps: in the first, where the flow is the teacher, the generator's gradient is 0."""
+    """It is the direct call, and can be distilled."""
     torch.manual_seed(0)
     net = make().eval()
     x, t, labels = torch.randn(5, 1, 8, 8), torch.linspace(0, 1, 5), torch.arange(5)
@@ -208,15 +191,9 @@ def test_a_wrapped_network_of_diffusers(make):
     teacher = wrappers.FromDiffusers(net)
     assert torch.equal(fgm.velocity(teacher, x, t, class_labels=labels), direct)
 
-    flow, before = copy.deepcopy(teacher), copy.deepcopy(teacher)
-    generator = fgm.OneStepGenerator(copy.deepcopy(teacher), t_star=0.8)
+    flow, generator = copy.deepcopy(teacher), fgm.OneStepGenerator(copy.deepcopy(teacher), t_star=0.8)
     fgm.distill(teacher, generator, flow, (1, 8, 8), steps=2, batch=4, lr=1e-3, ema_decay=None,
                 conditions=lambda seeds: {"class_labels": seeds % 10})
-
-    change = {}
-    for name, net in {"teacher": teacher, "flow": flow, "generator": generator.net}.items():
-        pairs = list(zip(net.parameters(), before.parameters(), strict=True))
-        assert all(p.isfinite().all() for p, _ in pairs)
-        change[name] = max((p - q).abs().max().item() for p, q in pairs)
-    assert change["teacher"] == 0
-    assert 5e-4 < change["flow"] < 5e-3 and 5e-4 < change["generator"] < 5e-3  # two steps of Adam at 1e-3
+    for moved in (flow, generator.net):  # by two steps of Adam
+        pairs = zip(moved.parameters(), teacher.parameters(), strict=True)
+        assert 5e-4 < max((p - q).abs().max() for p, q in pairs) < 5e-3

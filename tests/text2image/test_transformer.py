@@ -1,17 +1,14 @@
 """SD3's transformer: gradients of both memory recipes, several processes, the GAN, compilation."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
 from conftest import SHAPES
 from helpers import forked, joined
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import bench
 import fgm
-from text2image import prompts
 from text2image.digits import PROMPTS
 from text2image.prompts import cached_embeddings
 from text2image.real import cached_latents
@@ -84,38 +81,25 @@ def test_two_adapters_equal_three_networks(models, embeddings, shape):
     assert len(second) == (8 if shape == "3.5-medium" else 0)  # q, k, v and output of two blocks
 
 
-def test_checkpointing_changes_no_gradient(models, embeddings):
-    model, cond, found = models[ALL_KINDS], embeddings(torch.tensor([5, 100, 239])), []
-    for checkpointing in (False, True):
-        teacher, flow, net = networks(model, 0, checkpointing, False, CPU)
-        shaken(flow, net)
-        losses(teacher, flow, net, cond, embeddings.null)
-        assert all(p.grad is None for p in teacher.parameters())
-        found.append(torch.cat([gradients(flow), gradients(net)]))
-    assert relative(found[1], found[0]) < 1e-6
+def test_bf16_gradient_is_near_that_of_fp32_and_the_timestep_stays_float32(models, embeddings):
+    model, cond, found = models[ALL_KINDS], embeddings(torch.tensor([0, 90, 200])), []
+    seen = []
 
+    def record(module, args, kwargs):
+        seen.append(kwargs["timestep"])
 
-@pytest.mark.parametrize("shape", ["3-medium", ALL_KINDS])
-def test_bf16_gradient_is_near_that_of_fp32_and_the_timestep_stays_float32(models, embeddings, shape):
-    model, cond, found = models[shape], embeddings(torch.tensor([0, 90, 200])), []
     for bf16 in (False, True):
         teacher, flow, net = networks(model, 0, False, bf16, CPU)
         shaken(flow, net)
-        seen = []
-
-        def record(module, args, kwargs, seen=seen):
-            seen.append(kwargs["timestep"])
-
         for velocity in (teacher, flow, net):
             velocity.net.register_forward_pre_hook(record, with_kwargs=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses(teacher, flow, net, cond, embeddings.null)
-        assert all(t.dtype == torch.float32 for t in seen)
-        assert any(torch.equal(t, torch.full_like(t, 970.0)) for t in seen)
         found.append(gradients(net))
+    assert all(t.dtype == torch.float32 for t in seen)
+    assert sum(torch.equal(t, torch.full_like(t, 970.0)) for t in seen) == 4  # the generator's two passes
     assert next(teacher.parameters()).dtype == torch.bfloat16 and found[1].dtype == torch.float32
-    # Random weights differ a little more; a timestep in bfloat16, by 0.18.
-    assert 1e-5 < relative(found[1], found[0]) < (0.03 if shape == "3-medium" else 0.06)
+    assert 1e-5 < relative(found[1], found[0]) < 0.06  # a timestep in bfloat16: 0.18
 
 
 def parameters(nets):
@@ -128,13 +112,7 @@ def steps_of_weights(model, embeddings, lora_rank, folder):
     torch.manual_seed(0)
     teacher, flow, net = networks(model, lora_rank, True, False, "cpu", keep_features=True)
     paths = [model / "images" / f"{i:04d}.png" for i in range(5)]
-    rows = []
-    for prompts.ROWS_PER_FILE in (2, 128):  # three files, shared by the processes; one file
-        cache = folder / f"latents-{fgm.world_size()}-{prompts.ROWS_PER_FILE}"
-        latents = cached_latents(model, paths, (32, 32), cache, "cpu", torch.float32)
-        rows.append(latents(torch.arange(5))["latents"])
-        assert len(list(cache.iterdir())) == len(latents.files) == -(-5 // prompts.ROWS_PER_FILE)
-    assert torch.equal(*rows)
+    latents = cached_latents(model, paths, (32, 32), folder / "latents", "cpu", torch.float32)
 
     def real(seeds):
         return latents(seeds % 5)["latents"], embeddings(seeds % 5)
@@ -160,7 +138,7 @@ def save_steps(model, folder):
         torch.save(steps, folder / "steps.pt")
 
 
-def test_two_processes_move_the_weights_as_one(models, tmp_path, monkeypatch):
+def test_two_processes_move_the_weights_as_one(models, tmp_path):
     """With Adam's epsilon far above the gradients, a step moves each weight by its gradient times a constant.
 
     Both recipes, on the shape that has all kinds of blocks; the micro-batches are of the same samples."""
@@ -168,7 +146,6 @@ def test_two_processes_move_the_weights_as_one(models, tmp_path, monkeypatch):
     statuses = joined(forked(save_steps, model, tmp_path, processes=2, out=tmp_path))
     assert statuses == [0, 0], (tmp_path / "0.txt").read_text()
 
-    monkeypatch.setattr(prompts, "ROWS_PER_FILE", 128)
     embeddings = cached_embeddings(model, PROMPTS, tmp_path / "cache", CPU, torch.float32)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has: other sums of float32 differ by 2e-6
@@ -184,59 +161,48 @@ def test_two_processes_move_the_weights_as_one(models, tmp_path, monkeypatch):
 # ---- The GAN -----------------------------------------------------------------------------------------------
 
 
-def test_generators_gan_loss_against_plain_mathematics(models, embeddings):
-    """The head sees block 2's hidden states; gradients reach x0 by all paths.
-
-    The loss is per element: times the 256 numbers of a latent beside FGM's sums over them."""
+def test_the_gan_sees_the_hidden_states_of_block_2(models, embeddings):
+    """And gradients reach its input by all paths. (The losses of the GAN are tested on images.)"""
     _, flow, _ = networks(models[ALL_KINDS], 0, True, False, CPU, keep_features=True)
     shaken(flow)
     torch.manual_seed(2)
-    gan = GAN(32, None, (-1.0, 2.0), 0.5, 0.25, (4, 4))  # the generator's loss needs no data
-    seeds, cond = torch.tensor([7, 11]), embeddings(torch.tensor([3, 4]))
-    x0 = torch.randn(2, 16, 4, 4, requires_grad=True)
+    gan, cond, t = GAN(32, None, (-1.0, 2.0), grid=(4, 4)), embeddings(torch.tensor([3, 4])), torch.rand(2)
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    found = gan.logit(flow.features_of(x, t, **cond))
 
-    def hidden(xt, t, cond):  # blocks 0 to 2, called one by one
-        net = flow.net
-        h, c = net.pos_embed(xt), net.context_embedder(cond["encoder_hidden_states"])
-        e = net.time_text_embed(1000 * t, cond["pooled_projections"])
-        for block in net.transformer_blocks[:3]:
-            c, h = block(hidden_states=h, encoder_hidden_states=c, temb=e)
-        return gan.head(h.mT.reshape(len(h), 32, 4, 4)).mean((1, 2, 3))
-
-    found = gan.generator_loss(flow, x0, seeds, cond)
-    t = torch.sigmoid(-1 + 2 * noise_from(seeds ^ 2, (1,), "cpu")[:, 0])
-    noised = fgm.interpolate(x0, noise_from(seeds ^ 1, (16, 4, 4), "cpu"), t)
-    expected = -256 * 0.5 * torch.log(torch.sigmoid(hidden(noised, t, cond)))
+    net = flow.net  # blocks 0 to 2, called one by one
+    h, c = net.pos_embed(x), net.context_embedder(cond["encoder_hidden_states"])
+    e = net.time_text_embed(1000 * t, cond["pooled_projections"])
+    for block in net.transformer_blocks[:3]:
+        c, h = block(hidden_states=h, encoder_hidden_states=c, temb=e)
+    expected = gan.head(h.mT.reshape(2, 32, 4, 4)).mean((1, 2, 3))
     torch.testing.assert_close(found, expected)
-    ours, theirs = (torch.autograd.grad(loss.sum(), x0)[0] for loss in (found, expected))
+    ours, theirs = (torch.autograd.grad(logit.sum(), x)[0] for logit in (found, expected))
     assert ours.norm() > 0 and relative(ours, theirs) < 1e-5
 
 
 # ---- Compilation -------------------------------------------------------------------------------------------
 
 
-def test_every_matrix_product_is_in_a_compiled_graph():
+def test_recomputed_blocks_are_compiled_too():
     """With checkpointing and LoRA, where recomputation once left the blocks uncompiled."""
     config = SHAPES[ALL_KINDS] | {"num_layers": 1}
     _, flow, _, shape, _, conditions = bench.miniature(CPU, 2, 4, True, config)
+    calls = []
 
     def backend(graph, inputs):
-        def inside(*values):
-            with record_function("compiled"):
-                return graph(*values)
+        def counted(*values):
+            calls.append(graph)
+            return graph(*values)
 
-        return inside
+        return counted
 
     flow.compile(backend=backend)
     x0, noise, t, cond = torch.randn(2, *shape), torch.randn(2, *shape), torch.rand(2), conditions([0, 1])
-    for profiled in (contextlib.nullcontext(), profile(activities=[ProfilerActivity.CPU])):  # traced, run
-        with profiled:
-            fgm.reflow_loss(flow, x0, noise, t, **cond).sum().backward()
-    products = "aten::linear", "aten::conv2d", "aten::scaled_dot_product_attention"
-    inside = []
-    for event in profiled.events():
-        if event.name in products:
-            while event and event.name != "compiled":
-                event = event.cpu_parent
-            inside.append(event is not None)
-    assert len(inside) > 50 and sum(inside) >= 0.95 * len(inside)
+    for _ in range(2):  # traced, run
+        calls.clear()
+        loss = fgm.reflow_loss(flow, x0, noise, t, **cond).sum()
+        forward = list(calls)
+        loss.backward()
+    assert len(forward) == len(list(flow.shared.net.children()))
+    assert len(calls) == len(forward) + 1

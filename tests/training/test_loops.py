@@ -1,4 +1,4 @@
-"""The loops of fgm.py as a user calls them: what they learn, accumulation, extra losses, conditions."""
+"""The loops of fgm.py as a user calls them: what they learn, and with what optimiser."""
 
 import copy
 
@@ -63,49 +63,3 @@ def test_a_learner_is_adam_and_keeps_no_moment_that_is_never_used(beta1):
     saved = {name.partition(".")[2] for name in checkpoint.state_tensors({"net": learner})}
     moments = ("exp_avg", "exp_avg_sq") if beta1 else ("exp_avg_sq",)
     assert saved == {f"{kind}.{name}" for kind in ("parameter", *moments) for name in ("weight", "bias")}
-
-
-class Extra(torch.nn.Module):
-    """An extra loss of the flow, and of the generator, which may be a constant in warm-up."""
-
-    def __init__(self, size, of_generator=True):
-        super().__init__()
-        self.head, self.size, self.of_generator = torch.nn.Linear(2, 1), size, of_generator
-
-    def flow_loss(self, flow, x0, seeds, cond):
-        return self.size * self.head(x0)[:, 0]
-
-    def generator_loss(self, flow, x0, seeds, cond):
-        return self.flow_loss(flow, x0, seeds, cond) if self.of_generator else torch.zeros(len(x0))
-
-
-def test_extra_losses_reach_both_networks():
-    plain = distilled(t_flow=(1e-30, 2.0))  # the flow draws times of its own, as with an extra loss
-    nothing, something = distilled(extra=Extra(0.0)), distilled(extra=Extra(5.0))
-    assert torch.equal(plain, nothing) and not torch.equal(plain, something)
-    assert torch.equal(plain, distilled(extra=Extra(1.0, of_generator=False)))
-
-
-class Labelled(torch.nn.Module):
-    def __init__(self, calls):
-        super().__init__()
-        self.net, self.calls = torch.nn.Linear(2, 2), calls
-
-    def forward(self, x, t, labels):
-        self.calls.append(labels.tolist())
-        return self.net(x) + labels[:, None]
-
-
-def test_conditions_reach_every_network_and_follow_the_seeds():
-    calls = []
-    nets = [Labelled(calls) for _ in range(3)]
-    generator = fgm.OneStepGenerator(nets[1], 0.9)
-    settings = dict(steps=2, batch=6, conditions=lambda seeds: {"labels": seeds % 10})
-    labels = [(fgm.Draws(6, "cpu", 0, fgm.DISTILLATION, step, k).seeds() % 10).tolist()
-              for step in (0, 1) for k in (0, 1)]
-    fgm.distill(nets[0], generator, nets[2], (2,), **settings, flow_updates=2)
-    # Generator, flow; generator, flow, teacher; and the first step tries flow and teacher once more.
-    assert calls == [labels[0]] * 4 + [labels[1]] * 3 + [labels[2]] * 2 + [labels[3]] * 3
-    calls.clear()
-    fgm.distill(nets[0], generator, nets[2], (2,), **settings)
-    assert calls[:3] == [labels[0]] * 3 and len(calls) == 6

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgba
 from PIL import Image
 
 from training import progress
@@ -26,32 +25,18 @@ def test_progress_shows_a_run_whose_numbers_are_no_longer_finite(tmp_path):
     assert len(np.unique(np.array(Image.open(tmp_path / "progress.png")))) > 10
 
 
-@pytest.mark.parametrize("scores", [(0.3, 0.1), (0.3, -0.001), (2e-5, 1e-5)])
-def test_the_whole_log_lies_inside_the_axes(scores, tmp_path):
-    """Scores of the teacher far above and below, bounds of both signs with a band, an empty bin. The colours
-    are those of every picture."""
+@pytest.mark.parametrize("last_score, scale", [(0.1, "log"), (-0.001, "symlog")])
+def test_the_whole_log_lies_inside_the_axes(last_score, scale, tmp_path):
+    """Scores of the teacher far above and below, bounds of both signs, an empty bin of t."""
     teacher = {"1": 4.0, "10": 0.03, "50": 0.002}
-    by_t = {"bound_by_t": [None, -2.0, 5.0], "flow_loss_by_t": [None, 1.0, 3.0]}
-    lines = [{"phase": "distill", "step": 1, "l1": 900.0, "bound": -40.0, "flow_gradient": 1.0}]
-    lines += [{"phase": "distill", "step": k, "l1": 3.0 / k, "bound": 0.4, "bound_error": 0.1,
-               "flow_loss": 3.0, "flow_gradient": 1e-4, "score": score, "teacher_scores": teacher} | by_t
-              for k, score in zip((2, 3), scores, strict=True)]
-    write(tmp_path / "log.jsonl", lines)
+    write(tmp_path / "log.jsonl", [
+        {"phase": "distill", "step": 1, "l1": 900.0, "bound": -40.0, "score": 0.3},
+        {"phase": "distill", "step": 2, "l1": 3.0, "bound": 0.4, "bound_error": 0.1, "score": last_score,
+         "teacher_scores": teacher, "bound_by_t": [None, -2.0, 5.0]},
+    ])
     axes = progress.figure_of(tmp_path / "log.jsonl").axes
-    for axis, values in ((axes[1], [900, -40, 0.5]), (axes[2], [*scores, *teacher.values()]),
-                         (axes[4], [-2, 5]), (axes[5], [1, 1e-4])):
-        low, high = axis.get_ylim()
-        assert low < min(values) and high > max(values)
-    assert [axis.get_yscale() for axis in axes[:2]] == ["linear", "symlog"]
-    assert axes[2].get_yscale() == ("log" if min(scores) > 0 else "symlog")
-    (band,) = axes[1].collections
-    heights = band.get_paths()[0].vertices[:, 1]
-    assert heights.max() == pytest.approx(0.5) and heights.min() == -40
-    bars = [bar.get_height() for bar in axes[4].patches]
-    assert np.isnan(bars[0]) and bars[1:] == [-2.0, 5.0]
-
-    colours = {line.get_label(): line.get_color() for axis in axes[:2] for line in axis.lines}
-    assert colours["bound: mean of $R_u - R_v$"] == "C0"
-    assert colours["L1: mean of $|u - v|^2$"] == "C1" and colours["flow loss: mean of $R_v$"] == "C2"
-    assert axes[4].patches[0].get_facecolor() == pytest.approx(to_rgba("C0"))
-    assert axes[3].patches[0].get_facecolor() == pytest.approx(to_rgba("C2"))
+    values = {1: [900, -40, 0.5], 2: [0.3, last_score, *teacher.values()], 4: [-2, 5]}
+    for position, expected in values.items():
+        low, high = axes[position].get_ylim()
+        assert low < min(expected) and high > max(expected)
+    assert axes[2].get_yscale() == scale
