@@ -360,7 +360,8 @@ def score(args, scorer, samplers, draw, classes, out):
             rows[name] = scorer.of(pixels, labels) | {"seconds": seconds}
             if args.hold_out and name in ("teacher, 50 steps", "one step"):
                 rows[name] |= scorer.copies(pixels)
-    images.save_samples(out, grids)
+    if scorer:
+        images.save_samples(out, {"data": scorer.real.in_turn(100)} | grids)
     return rows
 
 

@@ -415,7 +415,7 @@ def distill(teacher, generator, flow, shape, *, steps, batch, micro_batch=None, 
                 with autocast, torch.set_grad_enabled(last):
                     x0 = generator(z[rows], **cond)
                 if step == update == i == 0:
-                    check_scale("what the generator makes", x0)
+                    check_scale("what the generator makes", x0, least=0.2**2 * (1 - generator.t_star))
                     if not last:  # tried now, so that a teacher's fault is found before the flow has moved
                         shared_backward(teacher, flow, x0, inputs, weight)
                         flow.zero_grad(set_to_none=False)
@@ -685,10 +685,13 @@ def check_apart(**nets):
                 raise InputError(f"{' and '.join(names)} share parameters: give each a copy (copy.deepcopy)")
 
 
-def check_scale(name, x0):
-    """Warns unless the standard deviation of x0 [B, ...] is about 1."""
+def check_scale(name, x0, least=0.2):
+    """Warns unless the standard deviation of x0 [B, ...] is about 1.
+
+    A generator's first samples are means of what the data could be at t_star, not data. Where these have a
+    standard deviation s, such means have about s^2 (1 - t_star)."""
     deviation = x0.detach().float().std().item()
-    if not 0.2 <= deviation <= 5:
+    if not least <= deviation <= 5:
         warnings.warn(f"{name} has a standard deviation of {deviation:.3g}, and FGM expects about 1: rescale "
                       "the data", stacklevel=4)
 

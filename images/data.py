@@ -119,6 +119,15 @@ class Images(NamedTuple):
         """The images at some positions."""
         return self._replace(pixels=self.pixels[positions], labels=self.labels[positions])
 
+    def in_turn(self, n):
+        """Pixels of n images, one of each class in turn, from the first of each on."""
+        positions = [(self.labels == label).nonzero()[:, 0] for label in range(len(self.classes))]
+        chosen = []
+        for i in range(n):
+            of_class = positions[i % len(positions)]
+            chosen.append(of_class[i // len(positions) % len(of_class)])
+        return self.pixels[torch.stack(chosen)]
+
 
 def load_images(data, resolution=None, cond=False):
     """The training images of "cifar10" (downloaded on first use), "digits" (scikit-learn's, no network),
