@@ -134,12 +134,13 @@ def test_sampling_from_a_run_and_from_a_file_alone(finished, tmp_path):
     assert (out / "samples-3-steps.png").exists()
 
 
-def test_bad_input_is_one_line_and_status_2(finished, tmp_path):
+def test_bad_input_is_one_line_and_status_2(finished, tmp_path, monkeypatch):
     out, data = finished[0], photographs(tmp_path / "data", [2, 1], "ab")
     teacher, other = out / "teacher.safetensors", tmp_path / "other.safetensors"
     net, about = load_network(teacher)
     next(net.parameters()).data += 0.1
     run.save_weights(net, other, {"about": json.dumps(about)})
+    monkeypatch.chdir(tmp_path)  # the default OUT lies there
     assert_refused(cifar, [
         (["--data", "nowhere"], "neither cifar10, digits nor a folder"),
         (["--sample", "4", "--out", tmp_path], "has not finished"),

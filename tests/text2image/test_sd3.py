@@ -130,12 +130,13 @@ def test_lora_run_resumes_writes_its_file_and_refuses_another_base(models, tmp_p
 # ---- Refusals ----------------------------------------------------------------------------------------------
 
 
-def test_bad_input_is_one_line_and_status_2(finished, model, models, tmp_path):
+def test_bad_input_is_one_line_and_status_2(finished, model, models, tmp_path, monkeypatch):
     out, same = finished[0], models["3.5-medium"]
     (tmp_path / "bad.jsonl").write_text('{"tag": "no prompt"}\n')
     (tmp_path / "a.txt").write_text("the digit 3 or 4")
     (tmp_path / "real").mkdir()
     whole = ["--model", same, "--out", out, "--real", same / "images", *SMALL]
+    monkeypatch.chdir(tmp_path)  # the default OUT lies there
     assert_refused(sd3, [
         (["--model", model, "--prompts", tmp_path / "a.txt"], "does not name one digit"),
         (["--model", model, "--real", tmp_path / "real"], "holds no images"),
