@@ -188,6 +188,7 @@ class Source(NamedTuple):
 
     folder: Path  # of the pipeline
     config: dict  # of its transformer
+    width: int  # of its transformer's hidden states
     size: tuple  # (H, W) of an image
     shape: tuple  # of a latent
     prompts: list
@@ -213,6 +214,10 @@ def read_source(args, device, dtype):
 
     folder = find_model(args.model)
     config = empty_network(folder, "transformer").config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if args.lora and args.lora > width:
+        raise InputError(f"--lora {args.lora} is more than the width of the model's layers: "
+                         f"give {width} or less")
     size = args.height, args.width
     shape = pipeline.latent_shape(folder, size)
     prompts = find_prompts(args.prompts, folder)
@@ -220,7 +225,7 @@ def read_source(args, device, dtype):
         for prompt in prompts:
             digit_of(prompt)  # raises now, not at the scores, for one that names no digit
     paths, captions = load_real(args.real) if args.real else ([], [])
-    return Source(folder, config, size, shape, prompts, paths, captions, device, dtype)
+    return Source(folder, config, width, size, shape, prompts, paths, captions, device, dtype)
 
 
 def make_networks(args, source, null, real):
@@ -233,9 +238,8 @@ def make_networks(args, source, null, real):
         keep_features=real is not None)
     gan = None
     if real is not None:
-        width = source.config["num_attention_heads"] * source.config["attention_head_dim"]
         grid = [side // source.config["patch_size"] for side in source.shape[1:]]
-        gan = GAN(width, real, args.t_flow, args.gan_generator, args.gan_discriminator, grid)
+        gan = GAN(source.width, real, args.t_flow, args.gan_generator, args.gan_discriminator, grid)
         gan.to(source.device)
         processes.shard(gan.head)
     generator = fgm.OneStepGenerator(net, args.t_star, args.c_in)

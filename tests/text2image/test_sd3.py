@@ -141,6 +141,7 @@ def test_bad_input_is_one_line_and_status_2(finished, model, models, tmp_path, m
         (["--model", model, "--prompts", tmp_path / "a.txt"], "does not name one digit"),
         (["--model", model, "--real", tmp_path / "real"], "holds no images"),
         (["--model", model, "--height", "40"], "divisible by 16"),
+        (["--model", model, "--lora", "33"], "more than the width of the model's layers: give 32 or less"),
         (["--model", model, "--height", "512"], "larger than"),
         (["--model", out / "pipeline"], "makes one step: as --model name the one that it was distilled from"),
         ([*whole, "--prompts", same / "images" / "metadata.jsonl", "--embeddings", tmp_path / "others"],
