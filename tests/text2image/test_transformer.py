@@ -166,7 +166,8 @@ def test_the_gan_sees_the_hidden_states_of_block_2(models, embeddings):
     _, flow, _ = networks(models[ALL_KINDS], 0, True, False, CPU, keep_features=True)
     shaken(flow)
     torch.manual_seed(2)
-    gan, cond, t = GAN(32, None, (-1.0, 2.0), grid=(4, 4)), embeddings(torch.tensor([3, 4])), torch.rand(2)
+    gan = GAN(32, None, (-1.0, 2.0), 0.5, 0.25, (4, 4))
+    cond, t = embeddings(torch.tensor([3, 4])), torch.rand(2)
     x = torch.randn(2, 16, 4, 4, requires_grad=True)
     found = gan.logit(flow.features_of(x, t, **cond))
 
