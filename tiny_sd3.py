@@ -1,6 +1,6 @@
 """A complete Stable Diffusion 3 pipeline in miniature, for sd3.py to run without network or GPU.
 
-    python tiny_sd3.py --out runs/tiny-sd3        # a few minutes on 2 CPU cores
+    python tiny_sd3.py --out runs/tiny-sd3        # 10 to 20 minutes on one CPU core
     python sd3.py --model runs/tiny-sd3           # distil it
 
 The folder holds what SD3's holds: transformer (MM-DiT), VAE with 16 latent channels, two CLIP text encoders
