@@ -43,7 +43,7 @@ from text2image.pipeline import empty_network, find_model, free_memory
 from text2image.prompts import cached_embeddings, digest_of, find_prompts, read_json_lines, text_of
 from text2image.real import cached_latents, load_real
 from text2image.transformer import networks
-from training import files, flags, processes, report, run
+from training import checkpoint, files, flags, processes, report, run
 from training.files import open_folder
 from training.flags import COUNT, Setting
 from training.gan import GAN
@@ -63,10 +63,10 @@ TINY = PAPER | dict(
     height=32, width=32, save_every=100, picture_every=100, kimg=3.2, batch=24, lr=2e-3, flow_lr=4e-3,
     lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=0.5, t_generator=(0.0, 2.0), t_flow=(0.0, 2.0),
     samples=500)
-# By what a model's name holds; the last that fits counts.
 # With its images (--real): the paper's loss, L2 alone, and the paper's ratio of the GAN's weights. They are a
 # hundred times the paper's, which does not say whether its losses are sums or means.
 TINY_WITH_GAN = TINY | dict(kimg=4.8, l1_weight=0.0, gan_generator=1.0, gan_discriminator=5.0)
+# By what a model's name holds; the last that fits counts.
 GUIDANCE = {"3.5-medium": 4.5, "3.5-large": 3.5, "turbo": 1.0}
 
 FLAGS = {  # by their group in --help
@@ -396,8 +396,9 @@ def main():
 
     # The source pipeline, prompts and real images; prompts and images are encoded once.
     source, out = read_source(args, device, dtype), open_folder(args.out)
-    try_one_step(args, source)
-    free_memory()
+    if args.overwrite or not checkpoint.checkpoints(out / "checkpoints", "distill"):
+        try_one_step(args, source)
+        free_memory()
     cache = args.embeddings or out / "embeddings"
     embeddings = cached_embeddings(source.folder, source.prompts, cache, device, dtype)
     real = real_data(args, source, out) if args.real else None

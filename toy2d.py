@@ -12,7 +12,6 @@ toy2d.ipynb verifies the theory on these data sets and shows how distillation go
 import copy
 import math
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -150,8 +149,7 @@ def make_networks(args, device):
 def try_one_step(args, device):
     """One distillation step with networks that are then thrown away: what would stop it should do so before
     --overwrite has removed the run before."""
-    with warnings.catch_warnings(action="ignore"):  # these networks are not trained
-        fgm.distill(*make_networks(args, device), (2,), **flags.distillation_settings(args, steps=1))
+    fgm.distill(*make_networks(args, device), (2,), **flags.distillation_settings(args, steps=1))
 
 
 def train_and_score(args, name, device, run):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import fgm
 from fgm import InputError
+from images.published import refusals
 from text2image.pipeline import ENCODERS, free_memory, load_pipeline, text_embeddings
 from training.files import open_folder, save_tensors
 from training.processes import first_process, to_device
@@ -130,12 +131,15 @@ def file_versions(paths):
 
 class Rows:
     """Rows of tensors in files of ROWS_PER_FILE, memory-mapped: called with indices [B], gives
-    {name: [B, ...]} on the device."""
+    {name: [B, ...]} on the device. Raises InputError, naming the file, for one that is damaged."""
 
     def __init__(self, paths, device):
         from safetensors import safe_open
 
-        self.files, self.device = [safe_open(path, "pt") for path in paths], device
+        self.files, self.device = [], device
+        for path in paths:
+            with refusals(path, "cache of sd3.py; remove it, and it is made again"):
+                self.files.append(safe_open(path, "pt"))
 
     def __call__(self, indices):
         columns = {}

@@ -90,6 +90,10 @@ def test_embeddings_are_made_again_for_other_prompts_precision_and_encoders(mode
     weights = model / "text_encoder/model.safetensors"
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 10**9))
     assert files_with(model, "7", torch.float32) == 4
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"half")
+    with pytest.raises(fgm.InputError, match="is damaged or no cache of sd3.py; remove it"):
+        files_with(model, "7", torch.float32)
 
 
 # ---- Real images -------------------------------------------------------------------------------------------
