@@ -93,7 +93,9 @@ FLAGS = {  # by their group in --help
     "distillation (Algorithm 1; section 5.1, appendix B.1)": {
         "kimg": Setting(float, POSITIVE, "thousand images to distil with"),
         "gan": Setting(float, POSITIVE, "add a GAN on the training images: its weight in the generator's "
-                       "loss (0.1 for digits); the discriminator's is five times that", metavar="WEIGHT"),
+                       "loss", metavar="WEIGHT"),
+        "gan_discriminator": Setting(float, POSITIVE, "its weight in the online flow's loss (default: five "
+                                     "times --gan)", metavar="WEIGHT"),
         **flags.EVERYDAY_FLAGS,
     },
     "scores": {
@@ -112,7 +114,7 @@ FLAGS = {  # by their group in --help
     "advanced": flags.ADVANCED_FLAGS,
 }
 NEEDS = {"generator": ["sample"], "ode_steps": ["sample"], "classes": ["sample"], "npz": ["sample"],
-         "inception_weights": ["fid"]}
+         "inception_weights": ["fid"], "gan_discriminator": ["gan"]}
 
 
 def defaults(given):
@@ -273,7 +275,8 @@ def main():
     gan = None
     if args.gan:
         torch.manual_seed(args.seed)
-        gan = GAN(keep_features(flow), data, args.t_flow, args.gan, 5 * args.gan).to(device)
+        weights = args.gan, args.gan_discriminator or 5 * args.gan
+        gan = GAN(keep_features(flow), data, args.t_flow, *weights).to(device)
         processes.shard(gan.head)
 
     about = {"network": network, "data": args.data, "images": real.fingerprint(), "classes": real.classes,
@@ -318,7 +321,7 @@ def main():
             return draw(sampler, n, classes=classes)[0]
 
     folder_run.picture = scores.make_picture(out, real.pixels, teacher, draw_fast, min(args.samples, 500))
-    folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher), "gan": args.gan}
+    folder_run.fingerprint |= {"teacher_weights": run.fingerprint_of(teacher), "gan": gan and gan.weights}
     generator, seconds["distillation"] = fgm.distill(
         teacher, generator, flow, shape, conditions=conditions, extra=gan, run=folder_run, **settings)
     if args.teacher:  # not before a run with another teacher in OUT would have been refused

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 
 import numpy as np
@@ -179,13 +180,16 @@ def test_quick_run_on_photographs_a_part_of_which_is_held_out(tmp_path):
     The classes are unequal, and have names that a console may not show: of another encoding and alphabet."""
     names, out = ["caf\udce9", "\u0436"], tmp_path / "out"  # a byte of latin-1; a Cyrillic letter
     data = photographs(tmp_path / "data", [20, 10], names)
-    line = ["--data", data, "--out", out, "--gan", "0.01", "--hold-out", *QUICK]
+    line = ["--data", data, "--out", out, "--gan", "0.01", "--gan-discriminator", "0.2", "--hold-out", *QUICK]
     succeed(cifar, *line)
     metrics, config = (json.loads((out / name).read_text()) for name in ("metrics.json", "config.json"))
     assert config["class_counts"] == [16, 8] and metrics["against"].startswith("24 training images")
     assert config["classes"] == load_network(out / "generator.safetensors")[1]["classes"] == names
     assert config["network"]["img_resolution"] == 16 and config["settings"]["weight"] == "sid"
-    assert "extra_flow_loss" in (out / "log.jsonl").read_text()
+
+    # A discriminator that knows nothing yet loses 2 log 2, times its weight and the numbers of a sample.
+    last = json_lines(out / "log.jsonl")[-1]
+    assert last["extra_flow_loss"] == pytest.approx(2 * math.log(2) * 0.2 * 3 * 16**2, rel=0.05)
 
     assert metrics["metric"] == "judge Frechet distance"
     row = metrics["rows"]["one step"]
