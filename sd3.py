@@ -63,8 +63,8 @@ TINY = PAPER | dict(
     height=32, width=32, save_every=100, picture_every=100, kimg=3.2, batch=24, lr=2e-3, flow_lr=4e-3,
     lr_warmup=20, lr_decay=0.7, ema=0.95, l1_weight=0.5, t_generator=(0.0, 2.0), t_flow=(0.0, 2.0),
     samples=500)
-# With its images (--real): the paper's loss, L2 alone, and its t of the flow, at which the GAN looks, too. The
-# GAN's weights are larger than the paper's, which does not say whether its losses are sums or means.
+# With --real: L2 alone and the t of the flow, both as in the paper; the GAN takes its t from there. Whether
+# the weights are larger than the paper's is unknown, since it does not say if its losses are sums or means.
 TINY_WITH_GAN = TINY | dict(
     kimg=4.8, l1_weight=0.0, t_flow=PAPER["t_flow"], gan_generator=0.5, gan_discriminator=5.0)
 # By what a model's name holds; the last that fits counts.
