@@ -4,7 +4,6 @@ No file is trusted. A pickle is a program; here its names stand for the few func
 else, so that nothing from the file is executed. A file made to do harm can still waste time and memory.
 """
 
-import contextlib
 import io
 import json
 import math
@@ -16,27 +15,7 @@ import torch
 
 from fgm import InputError, OneStepGenerator
 from images.unet import build
-from training.files import reason
-
-# ---- Whatever is wrong with a file, in one line ------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def refusals(path, kind):
-    """Turn every error inside into an InputError that names the file: a foreign file can fail in any way.
-
-    kind: what the file should have been."""
-    if Path(path).is_dir():
-        raise InputError(f"cannot read {path}: it is a folder, and a file is needed")
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:
-        fault = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {reason(error)}"
-        fault = "".join(letter if letter.isprintable() else "?" for letter in fault[:300])
-        raise InputError(f"{path} is damaged or no {kind}: {fault}") from error
-
+from training.files import refusals
 
 # ---- A network from a description and weights --------------------------------------------------------------
 

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from fgm import InputError, process_rank
 from images.data import random_order, save_grid, shrunk, split, to_float
-from images.published import refusals
 from training import progress
-from training.files import reason, save_tensors
+from training.files import reason, refusals, save_tensors
 from training.progress import bar, batches
 
 # ---- Fréchet distances -------------------------------------------------------------------------------------

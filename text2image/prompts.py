@@ -11,9 +11,8 @@ import torch.distributed as dist
 
 import fgm
 from fgm import InputError
-from images.published import refusals
 from text2image.pipeline import ENCODERS, free_memory, load_pipeline, text_embeddings
-from training.files import open_folder, save_tensors
+from training.files import open_folder, refusals, save_tensors
 from training.processes import first_process, to_device
 from training.progress import bar
 

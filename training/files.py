@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and JSON."""
+"""Files: written whole or not at all, JSON, and what is wrong with a file in one line."""
 
 import json
 import os
@@ -74,3 +74,20 @@ def save_tensors(tensors, path, metadata=None):
 def reason(error):
     """The message of a library's error as one short line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def refusals(path, kind):
+    """Turn every error inside into an InputError that names the file: a foreign file can fail in any way.
+
+    kind: what the file should have been."""
+    if Path(path).is_dir():
+        raise InputError(f"cannot read {path}: it is a folder, and a file is needed")
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:
+        fault = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {reason(error)}"
+        fault = "".join(letter if letter.isprintable() else "?" for letter in fault[:300])
+        raise InputError(f"{path} is damaged or no {kind}: {fault}") from error
